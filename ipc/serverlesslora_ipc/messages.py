@@ -1,0 +1,303 @@
+"""Every message that crosses a process boundary, as frozen tagged structs.
+
+A frame carries a *list* of messages (see `frames`), so one engine step costs one write however many requests it moved.
+New fields go last and have a default: an older peer must still be able to read the message.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_like=False):
+    """Base of all wire types; the tag is the class name."""
+
+
+# --- what a request asks for -------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are chosen and when a sequence ends. Ranges are checked at the API; the worker trusts them."""
+
+    max_tokens: int | None = None  # None: up to the context limit
+    min_tokens: int = 0  # eos and stop conditions are masked before this many output tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # 1 is off; covers prompt and output, as in transformers
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # the gateway draws one when the client gives none
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives per output token; None is off, 0 is the chosen token only
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+    skip_special_tokens: bool = True
+
+
+class TextPrompt(Message, frozen=True, tag="text"):
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokensPrompt(Message, frozen=True, tag="tokens"):
+    token_ids: tuple[int, ...]
+
+
+class ChatPrompt(Message, frozen=True, tag="chat"):
+    """Messages in OpenAI's shape with `content` already flattened to text; rendered inside the worker."""
+
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
+
+
+Prompt = TextPrompt | TokensPrompt | ChatPrompt
+
+
+# --- gateway -> worker -------------------------------------------------------------------------------------------
+
+
+class LoadAdapter(Message, frozen=True):
+    """Load the adapter stored under `path` (a private, digest-addressed directory); answered by Loaded or Refused."""
+
+    digest: str
+    path: str
+
+
+class UnloadAdapter(Message, frozen=True):
+    """Forget the adapter once its last running request has ended."""
+
+    digest: str
+
+
+class Generate(Message, frozen=True):
+    request_id: str
+    adapter: str | None  # digest; None is the bare backbone
+    prompt: Prompt
+    sampling: SamplingParams
+    n: int = 1
+    echo: bool = False  # send the prompt back (as PromptEcho) before the output
+
+
+class Abort(Message, frozen=True):
+    request_id: str
+
+
+class Shutdown(Message, frozen=True):
+    """Leave now; the sender has nothing in flight."""
+
+
+GatewayToWorker = LoadAdapter | UnloadAdapter | Generate | Abort | Shutdown
+
+
+# --- worker -> gateway -------------------------------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True):
+    """First message of a worker: it has mapped the backbone and can serve."""
+
+    pid: int
+    attach_s: float
+
+
+class Loaded(Message, frozen=True):
+    digest: str
+    seconds: float
+    size_bytes: int
+    rank: int = 0  # the largest rank in the adapter
+    modules: int = 0  # how many backbone modules it changes
+    kinds: tuple[str, ...] = ()  # what it holds besides plain LoRA: "dora", "bias", "modules_to_save", ...
+
+
+class Refused(Message, frozen=True):
+    """The adapter cannot be served; `reason` is written for its owner."""
+
+    digest: str
+    reason: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    token: str
+    logprob: float
+    utf8: bytes
+    top: tuple[TokenLogprob, ...] = ()  # alternatives, most probable first
+
+
+class Started(Message, frozen=True):
+    """The request was admitted: its prompt is valid and its prefill is scheduled."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+class PromptEcho(Message, frozen=True):
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...] | None = None  # first entry is None: nothing predicts the first token
+
+
+class Delta(Message, frozen=True):
+    """New output of one choice. `text` may be empty while a character or a possible stop string is incomplete."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # which stop string or token id ended it
+
+
+class Finished(Message, frozen=True):
+    """All choices have ended; nothing more will be said about this request."""
+
+    request_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    device_s: float = 0.0  # this request's share of the steps it took part in
+
+
+class WireError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error as the client will see it: see `serverlesslora.errors`."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    code: str | None = None
+    param: str | None = None
+
+
+class Failed(Message, frozen=True):
+    request_id: str
+    error: WireError
+
+
+class Stats(Message, frozen=True):
+    """Sent when something changed, at most a few times a second."""
+
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+    adapters: tuple[str, ...]
+    adapter_bytes: int
+    steps: int = 0
+    busy_s: float = 0.0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+
+
+WorkerToGateway = Ready | Loaded | Refused | Started | PromptEcho | Delta | Finished | Failed | Stats
+
+
+# --- gateway <-> backbone host -----------------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    """Loading a backbone is under way: bytes placed so far of the total."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Published(Message, frozen=True):
+    """The backbone is sealed; the read-only fd and then the manifest fd travel with this frame."""
+
+    size_bytes: int
+    layout_digest: str
+    content_digest: str
+    seconds: float
+
+
+class BackboneFailed(Message, frozen=True):
+    reason: str
+
+
+class Adopt(Message, frozen=True):
+    """To a restarted host: hold these (the two fds travel with the frame) instead of loading again."""
+
+
+class Attach(Message, frozen=True):
+    """Ask for the fds again; answered by Published."""
+
+
+class Verify(Message, frozen=True):
+    """Recompute the content digest from the memory itself; answered by Verified."""
+
+
+class Verified(Message, frozen=True):
+    content_digest: str
+    intact: bool
+
+
+GatewayToHost = Adopt | Attach | Verify | Shutdown
+HostToGateway = Progress | Published | BackboneFailed | Verified
+
+
+# --- gateway <-> launcher ----------------------------------------------------------------------------------------
+
+
+class Prepare(Message, frozen=True):
+    """Map this backbone and build its module tree; the weights fd and the manifest fd travel with the frame."""
+
+    backbone: str
+
+
+class Prepared(Message, frozen=True):
+    seconds: float
+    context_length: int
+    vocab_size: int
+
+
+class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):
+    threads: int
+    kv_bytes: int  # upper bound of the KV cache
+    max_running: int = 32  # sequences in one step
+    max_step_tokens: int = 512  # prefill chunk budget of one step
+    block_size: int = 16
+    prefix_cache: bool = True
+    max_model_len: int | None = None
+
+
+class Fork(Message, frozen=True):
+    """Make a worker; its channel to the gateway travels with the frame."""
+
+    worker_id: str
+    domain: str
+    limits: WorkerLimits
+
+
+class Forked(Message, frozen=True):
+    worker_id: str
+    pid: int
+
+
+class Exited(Message, frozen=True):
+    worker_id: str
+    pid: int
+    status: int  # exit code, or minus the signal that ended it
+
+
+class LauncherFailed(Message, frozen=True):
+    reason: str
+
+
+GatewayToLauncher = Prepare | Fork | Shutdown
+LauncherToGateway = Prepared | Forked | Exited | LauncherFailed

@@ -1,0 +1,1 @@
+"""Segmented LoRA matmul, paged attention and small-batch linear kernels with plain-torch oracles."""

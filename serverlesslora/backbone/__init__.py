@@ -1,0 +1,1 @@
+"""The shared base model: loading it once, publishing it read-only, attaching to it."""

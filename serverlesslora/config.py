@@ -1,0 +1,140 @@
+"""The one schema of the server's settings: TOML files and command-line flags both end here, and defaults live only here.
+
+Everything is frozen; facts computed later (sizes, addresses, context limits) have objects of their own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from serverlesslora.errors import ConfigError
+
+Dtype = Literal["bfloat16", "float32", "float16"]
+Isolation = Literal["tenant", "shared"]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+def default_state_dir() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "serverlesslora")
+
+
+class BackboneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A base model: a Hugging Face directory or hub id, and the name clients call it by."""
+
+    model: str
+    name: Name | None = None  # default: the last part of `model`
+    dtype: Dtype | None = None  # default: the server's
+    allow_pickle: bool = False  # checkpoints without safetensors are refused unless this is set
+
+    @property
+    def public_name(self) -> str:
+        return self.name or Path(self.model.rstrip("/")).name
+
+
+class FunctionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function: the name clients call, the adapter behind it, who owns it."""
+
+    name: Name
+    adapter: str
+    backbone: str | None = None  # default: the first backbone
+    tenant: str | None = None  # functions of one tenant share a worker
+    max_concurrency: Annotated[int, Meta(ge=0)] | None = None
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings. The description of a field is its `--help` text; its flag is its name with dashes."""
+
+    backbones: tuple[BackboneConfig, ...] = ()
+    functions: tuple[FunctionConfig, ...] = ()
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port of the OpenAI API; 0 picks a free one")] = 8000
+    admin_port: Annotated[
+        int, Meta(ge=-1, le=65535, description="port of the admin API, always on 127.0.0.1; 0 picks one, -1 is off")
+    ] = 8001
+    dtype: Annotated[Dtype, Meta(description="dtype of backbones that do not name their own")] = "bfloat16"
+    isolation: Annotated[
+        Isolation, Meta(description="'tenant': one worker per tenant (or per function without one); 'shared': one for all")
+    ] = "tenant"
+    idle_timeout_s: Annotated[
+        float, Meta(gt=0, description="a worker without requests for this long is stopped")
+    ] = 300.0
+    cold_timeout_s: Annotated[float, Meta(gt=0, description="how long a request waits for a starting worker")] = 60.0
+    threads: Annotated[int, Meta(ge=0, description="threads per worker; 0 is every core (workers take turns)")] = 0
+    kv_memory_mb: Annotated[Positive, Meta(description="upper bound of one worker's KV cache, MiB")] = 1024
+    max_running: Annotated[Positive, Meta(description="sequences one worker runs at once")] = 32
+    max_step_tokens: Annotated[Positive, Meta(description="prompt tokens one step may process")] = 256
+    max_queue: Annotated[
+        int, Meta(ge=0, description="requests one domain may have open; more are refused with 429 and Retry-After")
+    ] = 512
+    max_model_len: Annotated[Positive | None, Meta(description="context limit, if lower than the model's")] = None
+    prefix_cache: Annotated[bool, Meta(description="reuse the KV of shared prompt prefixes, per adapter")] = True
+    adapter_roots: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="directories adapters may be deployed from while running; none given: any on a loopback "
+            "address, no run-time deployment on another"
+        ),
+    ] = ()
+    max_adapter_mb: Annotated[Positive, Meta(description="largest adapter accepted, MiB")] = 4096
+    max_body_mb: Annotated[Positive, Meta(description="largest HTTP body accepted, MiB")] = 16
+    state_dir: Annotated[str, Meta(description="where adapters are kept by digest")] = msgspec.field(
+        default_factory=default_state_dir
+    )
+    drain_timeout_s: Annotated[
+        float, Meta(ge=0, description="how long running requests may finish after SIGTERM")
+    ] = 30.0
+
+    def __post_init__(self) -> None:
+        names = [backbone.public_name for backbone in self.backbones] + [f.name for f in self.functions]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the names {twice} are used more than once; every backbone and function needs its own")
+        known = {backbone.public_name for backbone in self.backbones}
+        for function in self.functions:
+            if function.backbone is not None and function.backbone not in known:
+                raise ValueError(
+                    f"function {function.name!r} names the backbone {function.backbone!r}; known are {sorted(known)}"
+                )
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def runtime_deploys_allowed(self) -> bool:
+        return self.is_loopback or bool(self.adapter_roots)
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The file's table. Raises ConfigError when it cannot be read or parsed."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def build_config(*layers: Mapping[str, Any]) -> ServerConfig:
+    """Later layers win field by field. Raises ConfigError naming the field that is wrong."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged.update(layer)
+    try:
+        return msgspec.convert(merged, ServerConfig, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"bad configuration: {error}") from error

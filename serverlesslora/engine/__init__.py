@@ -1,0 +1,1 @@
+"""The synchronous inference engine inside a worker."""

@@ -1,0 +1,1 @@
+"""The HTTP process: routes, registry, and the fleet of workers it commands; never imports torch."""

@@ -1,0 +1,1 @@
+"""The zygote that turns a prepared process into workers by fork."""

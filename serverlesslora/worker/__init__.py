@@ -1,0 +1,1 @@
+"""One process serving one domain: it maps the backbone and runs the engine."""
