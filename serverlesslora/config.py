@@ -1,4 +1,4 @@
-"""The one schema of the server's settings: TOML files and command-line flags both end here, and defaults live only here.
+"""The one schema of the settings: TOML files and command-line flags both end here, and defaults live only here.
 
 Everything is frozen; facts computed later (sizes, addresses, context limits) have objects of their own.
 """
@@ -64,11 +64,12 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 8001
     dtype: Annotated[Dtype, Meta(description="dtype of backbones that do not name their own")] = "bfloat16"
     isolation: Annotated[
-        Isolation, Meta(description="'tenant': one worker per tenant (or per function without one); 'shared': one for all")
+        Isolation,
+        Meta(description="'tenant': one worker per tenant (or per function without one); 'shared': one for all"),
     ] = "tenant"
-    idle_timeout_s: Annotated[
-        float, Meta(gt=0, description="a worker without requests for this long is stopped")
-    ] = 300.0
+    idle_timeout_s: Annotated[float, Meta(gt=0, description="a worker without requests for this long is stopped")] = (
+        300.0
+    )
     cold_timeout_s: Annotated[float, Meta(gt=0, description="how long a request waits for a starting worker")] = 60.0
     threads: Annotated[int, Meta(ge=0, description="threads per worker; 0 is every core (workers take turns)")] = 0
     kv_memory_mb: Annotated[Positive, Meta(description="upper bound of one worker's KV cache, MiB")] = 1024
@@ -91,9 +92,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: Annotated[str, Meta(description="where adapters are kept by digest")] = msgspec.field(
         default_factory=default_state_dir
     )
-    drain_timeout_s: Annotated[
-        float, Meta(ge=0, description="how long running requests may finish after SIGTERM")
-    ] = 30.0
+    drain_timeout_s: Annotated[float, Meta(ge=0, description="how long running requests may finish after SIGTERM")] = (
+        30.0
+    )
 
     def __post_init__(self) -> None:
         names = [backbone.public_name for backbone in self.backbones] + [f.name for f in self.functions]

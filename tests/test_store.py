@@ -1,0 +1,104 @@
+"""The adapter store: identity by content, and nothing but regular files gets in."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from serverlesslora.errors import AdapterInvalid, NotFound
+from serverlesslora.gateway.store import CONFIG, WEIGHTS, AdapterStore
+
+
+def make_adapter(path: Path, *, weights: bytes = b"weights", **config: object) -> Path:
+    path.mkdir(parents=True)
+    (path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, **config}))
+    (path / WEIGHTS).write_bytes(weights)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store", max_bytes=1 << 20)
+
+
+def test_identity_is_content_not_path_or_spelling(store: AdapterStore, tmp_path: Path) -> None:
+    first = store.add(str(make_adapter(tmp_path / "a", base_model_name_or_path="x")))
+    again = store.add(str(make_adapter(tmp_path / "b", base_model_name_or_path="y")))
+    assert first == again
+    assert store.add(str(make_adapter(tmp_path / "c", weights=b"other"))).digest != first.digest
+    assert store.add(str(make_adapter(tmp_path / "d", r=8))).digest != first.digest
+
+
+def test_a_chat_template_is_part_of_the_identity(store: AdapterStore, tmp_path: Path) -> None:
+    plain = store.add(str(make_adapter(tmp_path / "a")))
+    source = make_adapter(tmp_path / "b")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    assert store.add(str(source)).digest != plain.digest
+
+
+def test_the_copy_outlives_the_source(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a", weights=b"abc")
+    stored = store.add(str(source))
+    (source / WEIGHTS).write_bytes(b"")
+    assert (stored.path / WEIGHTS).read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "device", "directory"])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_only_regular_files(store: AdapterStore, tmp_path: Path, kind: str, name: str) -> None:
+    source = make_adapter(tmp_path / "a")
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (source / name).unlink()
+    match kind:
+        case "link":
+            (source / name).symlink_to(secret)
+        case "fifo":
+            os.mkfifo(source / name)
+        case "device":
+            (source / name).symlink_to("/dev/zero")
+        case "directory":
+            (source / name).mkdir()
+    with pytest.raises(AdapterInvalid):
+        store.add(str(source))
+    assert list(store.directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{bad", "null", "[" * 100_000])
+def test_bad_config_is_refused(store: AdapterStore, tmp_path: Path, text: str) -> None:
+    source = make_adapter(tmp_path / "a")
+    (source / CONFIG).write_text(text)
+    with pytest.raises(AdapterInvalid, match=CONFIG):
+        store.add(str(source))
+
+
+def test_pickles_are_named_as_the_reason(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a")
+    (source / WEIGHTS).rename(source / "adapter_model.bin")
+    with pytest.raises(AdapterInvalid, match="pickle"):
+        store.add(str(source))
+
+
+def test_sparse_giants_are_refused_before_reading(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a")
+    os.truncate(source / WEIGHTS, 1 << 40)
+    with pytest.raises(AdapterInvalid, match="limit"):
+        store.add(str(source))
+
+
+def test_roots_confine(tmp_path: Path) -> None:
+    inside = make_adapter(tmp_path / "root" / "a")
+    outside = make_adapter(tmp_path / "other" / "a")
+    (tmp_path / "root" / "link").symlink_to(outside)
+    store = AdapterStore(tmp_path / "store", max_bytes=1 << 20, roots=[tmp_path / "root"])
+    store.add(str(inside))
+    for path in (outside, tmp_path / "root" / ".." / "other" / "a", tmp_path / "root" / "link"):
+        with pytest.raises(NotFound):
+            store.add(str(path))
+
+
+def test_sweep_drops_half_copies(store: AdapterStore) -> None:
+    (store.directory / ".incoming-x").mkdir()
+    store.sweep()
+    assert list(store.directory.iterdir()) == []
