@@ -1,0 +1,1 @@
+"""The command line: `serverlesslora serve`, and small clients of a server's admin API."""

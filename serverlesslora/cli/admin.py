@@ -1,0 +1,84 @@
+"""`serverlesslora deploy`, `list` and `remove`: functions of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import urllib.parse
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from serverlesslora.cli.client import add_client_flags, call
+from serverlesslora.cli.serve import Subparsers
+from serverlesslora.gateway.registry import Function
+
+
+def add_parsers(commands: Subparsers) -> None:
+    deploy = commands.add_parser("deploy", help="deploy an adapter as a function of a running server")
+    deploy.add_argument("name", help="what clients will call it (`model` in requests)")
+    deploy.add_argument("adapter", help="directory of the PEFT adapter, as the server sees it")
+    deploy.add_argument("--backbone", help="name of the backbone it belongs to [the first]")
+    deploy.add_argument("--tenant", help="functions of one tenant share a worker")
+    deploy.add_argument("--max-concurrency", type=int, metavar="N", help="requests it may have open at once")
+    deploy.add_argument(
+        "--replace",
+        action="store_true",
+        help="give an existing name these weights; running requests finish on the old ones",
+    )
+    add_client_flags(deploy)
+    deploy.set_defaults(run=run_deploy)
+
+    list_ = commands.add_parser("list", help="list the functions of a running server")
+    add_client_flags(list_)
+    list_.set_defaults(run=run_list)
+
+    remove = commands.add_parser("remove", help="remove a function from a running server")
+    remove.add_argument("name")
+    add_client_flags(remove)
+    remove.set_defaults(run=run_remove)
+
+
+def run_deploy(arguments: argparse.Namespace) -> int:
+    adapter = Path(arguments.adapter).expanduser()
+    body = {
+        "function": {
+            "name": arguments.name,
+            "adapter": str(adapter.resolve() if adapter.exists() else adapter),
+            "backbone": arguments.backbone,
+            "tenant": arguments.tenant,
+            "max_concurrency": arguments.max_concurrency,
+        },
+        "replace": arguments.replace,
+    }
+    function: Function = call(arguments.server, "POST", "/admin/functions", body, type=Function)
+    if arguments.json:
+        print(msgspec.json.encode(function).decode())
+    else:
+        print(
+            f"{function.name} -> {function.digest[:16]} on {function.backbone} "
+            f"(rank {function.rank}, {function.modules} modules)"
+        )
+    return 0
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    functions: list[Function] = call(arguments.server, "GET", "/admin/functions", type=list[Function])
+    if arguments.json:
+        print(msgspec.json.encode(functions).decode())
+        return 0
+    table = Table("function", "adapter", "backbone", "tenant", "rank", "modules", "MB", "also")
+    for f in functions:
+        size = f"{f.size_bytes / 1e6:.1f}"
+        table.add_row(
+            f.name, f.digest[:16], f.backbone, f.tenant or "", str(f.rank), str(f.modules), size, ", ".join(f.kinds)
+        )
+    Console().print(table)
+    return 0
+
+
+def run_remove(arguments: argparse.Namespace) -> int:
+    call(arguments.server, "DELETE", f"/admin/functions/{urllib.parse.quote(arguments.name, safe='')}")
+    print(msgspec.json.encode({"removed": arguments.name}).decode() if arguments.json else f"removed {arguments.name}")
+    return 0

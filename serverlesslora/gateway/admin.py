@@ -1,0 +1,102 @@
+"""The admin API: what is deployed and running, and changing it. Listens on the loopback address only."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serverlesslora.config import FunctionConfig
+from serverlesslora.errors import InvalidRequest, ServerlessLoraError
+from serverlesslora.gateway.fleet import Fleet
+from serverlesslora_ipc.messages import Loaded
+
+T = TypeVar("T")
+
+
+class Deploy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    function: FunctionConfig
+    replace: bool = False
+
+
+class Inspect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    adapter: str
+    backbone: str | None = None
+
+
+class Inspection(msgspec.Struct, frozen=True):
+    """What a dry run found: the adapter can be served on this backbone."""
+
+    digest: str
+    backbone: str
+    size_bytes: int
+    rank: int
+    modules: int
+    kinds: tuple[str, ...]
+    load_s: float
+
+
+def _answer(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerlessLoraError)
+    return _answer({"error": error.to_wire()}, error.status)
+
+
+async def _body(request: Request, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(await request.body(), type=type_)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise InvalidRequest(f"bad body: {error}") from error
+
+
+def create_admin_app(fleet: Fleet) -> Starlette:
+    async def state(request: Request) -> Response:
+        return _answer(fleet.status())
+
+    async def functions(request: Request) -> Response:
+        return _answer(list(fleet.registry.functions()))
+
+    async def deploy(request: Request) -> Response:
+        wanted = await _body(request, Deploy)
+        await fleet.deploy(wanted.function, replace=wanted.replace)
+        return _answer(fleet.registry.function(wanted.function.name), 201)
+
+    async def remove(request: Request) -> Response:
+        await fleet.unload_adapter(request.path_params["name"])
+        return Response(status_code=204)
+
+    async def inspect(request: Request) -> Response:
+        wanted = await _body(request, Inspect)
+        backbone = fleet.registry.backbone(wanted.backbone)
+        stored = await asyncio.to_thread(fleet.store.add, wanted.adapter)
+        facts: Loaded = await fleet.inspect(backbone.name, stored)
+        return _answer(
+            Inspection(
+                digest=stored.digest,
+                backbone=backbone.name,
+                size_bytes=facts.size_bytes,
+                rank=facts.rank,
+                modules=facts.modules,
+                kinds=facts.kinds,
+                load_s=facts.seconds,
+            )
+        )
+
+    return Starlette(
+        routes=[
+            Route("/admin/state", state, methods=["GET"]),
+            Route("/admin/functions", functions, methods=["GET"]),
+            Route("/admin/functions", deploy, methods=["POST"]),
+            Route("/admin/functions/{name:path}", remove, methods=["DELETE"]),
+            Route("/admin/inspect", inspect, methods=["POST"]),
+        ],
+        exception_handlers={ServerlessLoraError: _failed},
+    )

@@ -1,0 +1,66 @@
+"""One child process of the gateway and the channel to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from serverlesslora_ipc.channel import AsyncChannel
+from serverlesslora_ipc.messages import Message
+
+Received = TypeVar("Received", bound=Message)
+
+TERM_DEADLINE_S = 3.0
+
+
+class Child(Generic[Received]):
+    """A process started as `python -m module --fd N ...`; its end of the socketpair is descriptor N.
+
+    Start it from the main thread: children ask to die with the *thread* that started them.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        receives: Any,
+        *,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        max_fds: int = 0,
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, "--fd", str(theirs.fileno()), *arguments],
+                pass_fds=(theirs.fileno(), *pass_fds),
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+            )
+        self.channel: AsyncChannel[Received] = AsyncChannel(ours, receives, max_fds=max_fds)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def stop(self) -> int:
+        """Closing the channel asks it to leave; TERM and KILL follow. Returns its exit status and reaps it."""
+        self.channel.close()
+        for stronger in (self._process.terminate, self._process.kill):
+            with contextlib.suppress(TimeoutError):
+                return await self._wait(TERM_DEADLINE_S)
+            stronger()
+        return await self._wait(None)
+
+    async def _wait(self, timeout_s: float | None) -> int:
+        async with asyncio.timeout(timeout_s):
+            while (status := self._process.poll()) is None:
+                # No SIGCHLD handler of ours: the loop belongs to whoever embeds the gateway.
+                await asyncio.sleep(0.01)
+        return status

@@ -1,0 +1,317 @@
+"""The backend behind the HTTP layer: functions deployed to domains, requests admitted and sent to workers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serverlesslora.config import FunctionConfig, ServerConfig
+from serverlesslora.errors import ConfigError, InvalidRequest, ModelNotFound, RateLimited, ServerlessLoraError
+from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus
+from serverlesslora.gateway.backend import BackendStats, GenerationRequest, Health, ModelCard
+from serverlesslora.gateway.generation import FleetGeneration
+from serverlesslora.gateway.registry import Backbone, Function, Registry, Target, domain_of
+from serverlesslora.gateway.store import AdapterStore, StoredAdapter
+from serverlesslora.gateway.workers import Placed, Workers, retired_after
+from serverlesslora.worker.lease import create_lease_fd
+from serverlesslora_ipc.messages import Loaded, Progress, Stats, WorkerLimits
+
+log = logging.getLogger("serverlesslora.fleet")
+
+ADAPTER_BYTES_PER_WORKER = 4 << 30
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    worker_id: str
+    domain: str
+    state: str
+    pid: int | None
+    age_s: float
+    idle_s: float
+    open_requests: int
+    adapters: tuple[str, ...]
+    stats: Stats | None
+
+
+class FleetStatus(msgspec.Struct, frozen=True):
+    """What `top` and the admin API show."""
+
+    backbones: tuple[BackboneStatus, ...]
+    functions: tuple[Function, ...]
+    workers: tuple[WorkerStatus, ...]
+    domains: dict[str, str]  # function -> domain
+
+
+def worker_limits(config: ServerConfig) -> WorkerLimits:
+    return WorkerLimits(
+        threads=config.threads or len(os.sched_getaffinity(0)),
+        kv_bytes=config.kv_memory_mb << 20,
+        max_running=config.max_running,
+        max_step_tokens=config.max_step_tokens,
+        prefix_cache=config.prefix_cache,
+        max_model_len=config.max_model_len,
+    )
+
+
+class Fleet:
+    """Implements `backend.Backend`."""
+
+    def __init__(
+        self, config: ServerConfig, *, on_progress: Callable[[str, Progress], None] = lambda name, progress: None
+    ) -> None:
+        self._config = config
+        self._lease_fd = create_lease_fd()
+        created = int(time.time())
+        self._services = {
+            backbone.public_name: BackboneService(
+                backbone.public_name,
+                backbone,
+                dtype=backbone.dtype or config.dtype,
+                limits=worker_limits(config),
+                lease_fd=self._lease_fd,
+                adapter_bytes=ADAPTER_BYTES_PER_WORKER,
+                on_progress=on_progress,
+            )
+            for backbone in config.backbones
+        }
+        self.registry = Registry(
+            [
+                Backbone(name=b.public_name, source=b.model, dtype=b.dtype or config.dtype, created=created)
+                for b in config.backbones
+            ]
+        )
+        self.store = AdapterStore(
+            Path(config.state_dir) / "adapters",
+            max_bytes=config.max_adapter_mb << 20,
+            roots=[Path(root) for root in config.adapter_roots],
+        )
+        self._workers = Workers(idle_timeout_s=config.idle_timeout_s, cold_timeout_s=config.cold_timeout_s)
+        self._open_by_domain: Counter[str] = Counter()
+        self._open_by_function: Counter[str] = Counter()
+        self._deploying: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._inspected: dict[tuple[str, str], Loaded] = {}  # (backbone, digest): a verdict never changes
+        self._is_started = False
+        self._main: asyncio.Task[None] | None = None
+
+    # --- life
+
+    async def startup(self) -> None:
+        """Load the backbones and deploy the configured functions. Raises what keeps the server from serving."""
+        self.store.sweep()
+        self._main = asyncio.create_task(self._workers.main_loop(), name="idle workers")
+        for service in self._services.values():
+            service.startup()
+        for service in self._services.values():
+            await service.wait_ready()
+        await asyncio.gather(*(self._deploy_configured(function) for function in self._config.functions))
+        self._is_started = True
+
+    async def shutdown(self) -> None:
+        if self._main is not None:
+            self._main.cancel()
+            await asyncio.gather(self._main, return_exceptions=True)
+        await self._workers.shutdown()
+        await asyncio.gather(*(service.shutdown() for service in self._services.values()))
+        os.close(self._lease_fd)
+
+    @property
+    def num_open(self) -> int:
+        return self._open_by_domain.total()
+
+    # --- models
+
+    def models(self) -> list[ModelCard]:
+        backbones = [self._card(Target(backbone, None)) for backbone in self.registry.backbones()]
+        functions = [self._card(self.registry.resolve(f.name)) for f in self.registry.functions()]
+        return backbones + functions
+
+    def model(self, name: str) -> ModelCard:
+        return self._card(self.registry.resolve(name))
+
+    def _card(self, target: Target) -> ModelCard:
+        backbone, function = target
+        max_model_len = self._services[backbone.name].context_length
+        if self._config.max_model_len is not None and max_model_len is not None:
+            max_model_len = min(max_model_len, self._config.max_model_len)
+        return ModelCard(
+            id=function.name if function else backbone.name,
+            root=function.source if function else backbone.source,
+            parent=backbone.name if function else None,
+            created=function.created if function else backbone.created,
+            max_model_len=max_model_len,
+            digest=target.digest,
+            tenant=function.tenant if function else None,
+        )
+
+    # --- requests
+
+    @contextlib.asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[FleetGeneration]:
+        target = self.registry.resolve(request.model)
+        domain = self._domain(target)
+        name = request.model
+        self._admit(target, domain)
+        generation = FleetGeneration(self, request, target)
+        self._open_by_domain[domain] += 1
+        self._open_by_function[name] += 1
+        try:
+            yield generation
+        finally:
+            generation.close()
+            _decrement(self._open_by_domain, domain)
+            _decrement(self._open_by_function, name)
+
+    def _admit(self, target: Target, domain: str) -> None:
+        if self._open_by_domain[domain] >= self._config.max_queue:
+            raise RateLimited(f"{self._config.max_queue} requests of this domain are open already", retry_after_s=2)
+        function = target.function
+        limit = function.max_concurrency if function else None
+        if function is not None and limit is not None and self._open_by_function[function.name] >= limit:
+            raise RateLimited(f"the function may have {limit} requests open", retry_after_s=2)
+
+    async def place(self, target: Target) -> Placed:
+        return await self._workers.place(self._domain(target), self._services[target.backbone.name])
+
+    def _domain(self, target: Target) -> str:
+        return domain_of(target, isolation=self._config.isolation)
+
+    # --- functions
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool, tenant: str | None) -> ModelCard:
+        if not self._config.runtime_deploys_allowed:
+            raise InvalidRequest(
+                "adapters cannot be loaded at run time on this address; start the server with --adapter-roots",
+                param="lora_path",
+            )
+        return await self.deploy(FunctionConfig(name=name, adapter=path, tenant=tenant), replace=in_place)
+
+    async def deploy(self, function: FunctionConfig, *, replace: bool) -> ModelCard:
+        """Copy the adapter, prove in a throw-away worker that it can be served, then put it under its name.
+
+        Raises NotFound, AdapterInvalid, InvalidRequest (the name is taken) or Unavailable; the name is unchanged then.
+        """
+        backbone = self.registry.backbone(function.backbone)
+        async with self._deploying[function.name]:
+            self.registry.check_name(function.name)
+            if self.registry.function(function.name) is not None and not replace:
+                raise InvalidRequest(
+                    f"The lora adapter '{function.name}' has already been loaded. If you want to load the adapter in "
+                    "place, set 'load_inplace' to True.",
+                    param="lora_name",
+                )
+            stored = await asyncio.to_thread(self.store.add, function.adapter)
+            facts = await self.inspect(backbone.name, stored)
+            previous = self.registry.deploy(
+                Function(
+                    name=function.name,
+                    digest=stored.digest,
+                    backbone=backbone.name,
+                    source=function.adapter,
+                    created=int(time.time()),
+                    tenant=function.tenant,
+                    max_concurrency=function.max_concurrency,
+                    size_bytes=facts.size_bytes,
+                    rank=facts.rank,
+                    modules=facts.modules,
+                    kinds=facts.kinds,
+                )
+            )
+        if previous is not None:
+            self._forget(previous)
+        return self.model(function.name)
+
+    async def inspect(self, backbone: str, stored: StoredAdapter) -> Loaded:
+        """What loading it finds out. A hostile file can hurt only the worker that was made for looking at it."""
+        key = (backbone, stored.digest)
+        if key not in self._inspected:
+            service = self._services[backbone]
+            await service.wait_ready(self._config.cold_timeout_s)
+            link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
+            with retired_after(self._workers, link):
+                self._inspected[key] = await link.load(stored.digest, str(stored.path))
+        return self._inspected[key]
+
+    async def unload_adapter(self, name: str) -> None:
+        removed = self.registry.remove(name)
+        if removed is None:
+            raise ModelNotFound(f"The lora adapter '{name[:200]}' cannot be found.", param="lora_name")
+        self._forget(removed)
+
+    def _forget(self, function: Function) -> None:
+        """Its adapter leaves every worker that no other function needs it in."""
+        target = Target(self.registry.backbone(function.backbone), function)
+        domain = self._domain(target)
+        still_used = any(
+            other.digest == function.digest and self._domain(self.registry.resolve(other.name)) == domain
+            for other in self.registry.functions()
+        )
+        if (link := self._workers.find(domain)) and not still_used:
+            link.unload(function.digest)
+
+    async def _deploy_configured(self, function: FunctionConfig) -> None:
+        try:
+            await self.deploy(function, replace=False)
+        except ServerlessLoraError as error:
+            raise ConfigError(f"function {function.name!r} cannot be served: {error.message}") from error
+
+    # --- what is going on
+
+    def status(self) -> FleetStatus:
+        now = time.monotonic()
+        return FleetStatus(
+            backbones=tuple(service.status() for service in self._services.values()),
+            functions=tuple(self.registry.functions()),
+            workers=tuple(
+                WorkerStatus(
+                    worker_id=link.worker_id,
+                    domain=link.domain,
+                    state=link.state.value,
+                    pid=link.pid,
+                    age_s=now - link.started_at,
+                    idle_s=0.0 if link.num_open else now - link.last_used,
+                    open_requests=link.num_open,
+                    adapters=link.adapters,
+                    stats=link.stats,
+                )
+                for link in self._workers
+            ),
+            domains={f.name: self._domain(self.registry.resolve(f.name)) for f in self.registry.functions()},
+        )
+
+    def stats(self) -> BackendStats:
+        stats = [link.stats for link in self._workers if link.stats is not None]
+        total_blocks = sum(s.kv_total_blocks for s in stats)
+        resident = {digest for link in self._workers for digest in link.adapters}
+        return BackendStats(
+            running=sum(s.running for s in stats),
+            waiting=sum(s.waiting for s in stats),
+            kv_usage=sum(s.kv_used_blocks for s in stats) / total_blocks if total_blocks else 0.0,
+            max_adapters=sum(1 for _ in self.registry.functions()),
+            running_adapters=tuple(f.name for f in self.registry.functions() if f.digest in resident),
+        )
+
+    def health(self) -> Health:
+        failed = [s.name for s in self._services.values() if s.status().state != "ready"]
+        detail: dict[str, Any] = {
+            "backbones": {
+                s.name: {"state": s.status().state, "sharing": s.status().sharing} for s in self._services.values()
+            },
+            "functions": sum(1 for _ in self.registry.functions()),
+            "workers": sum(1 for _ in self._workers),
+        }
+        return Health(alive=not failed, ready=self._is_started and not failed, detail=detail)
+
+
+def _decrement(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

@@ -1,0 +1,124 @@
+"""The gateway process: fleet, public API and admin API started in order and stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from serverlesslora.config import ServerConfig
+from serverlesslora.errors import ConfigError
+from serverlesslora.gateway.admin import create_admin_app
+from serverlesslora.gateway.app import create_app
+from serverlesslora.gateway.fleet import Fleet
+from serverlesslora.gateway.limits import HttpSettings
+
+log = logging.getLogger("serverlesslora.server")
+
+
+class HttpListener(uvicorn.Server):
+    """A uvicorn server whose signals belong to `Server`."""
+
+    def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30, ws="none")
+        )
+        self._socket = sock
+        self._serving: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+    @property
+    def address(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def startup_here(self) -> None:
+        self._serving = asyncio.create_task(self.serve(sockets=[self._socket]), name=f"http {self.address}")
+        while not self.started and not self._serving.done():
+            await asyncio.sleep(0.005)
+
+    async def shutdown_here(self) -> None:
+        self.should_exit = True
+        self.force_exit = True
+        if self._serving is not None:
+            await asyncio.gather(self._serving, return_exceptions=True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises ConfigError when the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    return sock
+
+
+class Server:
+    def __init__(self, config: ServerConfig, fleet: Fleet) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._socket = bind(config.host, config.port)
+        self._app = create_app(fleet, HttpSettings(max_body_bytes=config.max_body_mb << 20))
+        self.api = HttpListener(self._app, self._socket)
+        self.admin: HttpListener | None = None
+        if config.admin_port >= 0:
+            self.admin = HttpListener(create_admin_app(fleet), bind("127.0.0.1", config.admin_port))
+
+    async def run(self, on_ready: Callable[[Server], None]) -> None:
+        """Serve until a signal. Raises ConfigError when a backbone or configured function cannot be served."""
+        async with self._running():
+            on_ready(self)
+            await self._stop.wait()
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        listeners = [listener for listener in (self.api, self.admin) if listener]
+        try:
+            # Listening first: /health says "loading" instead of refusing the connection.
+            for listener in listeners:
+                await listener.startup_here()
+            starting = asyncio.ensure_future(self._fleet.startup())
+            stopping = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if starting.done():
+                starting.result()
+                yield
+            else:
+                starting.cancel()
+            await self._drain()
+        finally:
+            for listener in listeners:
+                await listener.shutdown_here()
+            await self._fleet.shutdown()
+
+    async def _drain(self) -> None:
+        """Let what runs finish; the second signal ends the wait."""
+        self._app.state.gateway.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                while self._fleet.num_open and not self._hurry.is_set():
+                    await asyncio.sleep(0.05)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()

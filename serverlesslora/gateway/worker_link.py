@@ -1,0 +1,220 @@
+"""The gateway's end of one worker: requests in, their events out, and what the worker holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from serverlesslora.errors import AdapterInvalid, ServerlessLoraError, WorkerLost
+from serverlesslora.gateway.worker_state import WorkerEvent, WorkerState, advance
+from serverlesslora_ipc.channel import AsyncChannel, ChannelClosed
+from serverlesslora_ipc.messages import (
+    Abort,
+    Delta,
+    Failed,
+    Finished,
+    GatewayToWorker,
+    Generate,
+    LoadAdapter,
+    Loaded,
+    PromptEcho,
+    Ready,
+    Refused,
+    Shutdown,
+    Started,
+    Stats,
+    UnloadAdapter,
+    WireError,
+    WorkerToGateway,
+)
+
+StreamEvent = Started | PromptEcho | Delta | Finished
+
+
+class RemoteError(ServerlessLoraError):
+    """A failure reported by a worker, as it should reach the client."""
+
+    def __init__(self, error: WireError) -> None:
+        super().__init__(error.message, param=error.param, code=error.code)
+        self.status = error.status
+        self._type = error.type
+
+    def to_wire(self) -> WireError:
+        return WireError(status=self.status, message=self.message, type=self._type, code=self.code, param=self.param)
+
+
+class Stream:
+    """Events of one request on their way to its client; bounded by the request's own token limit."""
+
+    def __init__(self) -> None:
+        self.has_started = False
+        self._events: deque[StreamEvent] = deque()
+        self._error: ServerlessLoraError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: StreamEvent) -> None:
+        self.has_started = self.has_started or isinstance(event, Started)
+        self._events.append(event)
+        self._wake()
+
+    def fail(self, error: ServerlessLoraError) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    async def next(self) -> StreamEvent:
+        """The next event in order; raises the stream's error once everything before it was read."""
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._events.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class WorkerLink:
+    def __init__(
+        self, worker_id: str, domain: str, channel: AsyncChannel[WorkerToGateway], *, adapter_bytes: int
+    ) -> None:
+        self.worker_id = worker_id
+        self.domain = domain
+        self.state = WorkerState.STARTING
+        self.pid: int | None = None
+        self.started_at = time.monotonic()
+        self.last_used = self.started_at
+        self.stats: Stats | None = None
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        # Nobody may be waiting any more when it fails.
+        self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
+        self._adapter_bytes = adapter_bytes
+        self._channel = channel
+        self._streams: dict[str, tuple[Stream, str | None]] = {}
+        self._adapters: OrderedDict[str, asyncio.Future[Loaded]] = OrderedDict()  # least recently used first
+
+    # --- what the fleet asks
+
+    @property
+    def is_usable(self) -> bool:
+        return self.state in (WorkerState.STARTING, WorkerState.SERVING)
+
+    @property
+    def num_open(self) -> int:
+        return len(self._streams)
+
+    def has(self, digest: str) -> bool:
+        """The adapter is loaded, not merely on its way."""
+        return digest in self._adapters and self._adapters[digest].done()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    def load(self, digest: str, path: str) -> asyncio.Future[Loaded]:
+        """Start loading unless it is loaded or under way; the result is shared. Raises AdapterInvalid through it."""
+        if digest not in self._adapters:
+            future: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
+            self._adapters[digest] = future
+            self._send(LoadAdapter(digest=digest, path=path))
+        self._adapters.move_to_end(digest)
+        return self._adapters[digest]
+
+    def unload(self, digest: str) -> None:
+        """The worker itself waits for requests that still run on the adapter."""
+        if self._adapters.pop(digest, None) is not None:
+            self._send(UnloadAdapter(digest=digest))
+
+    def submit(self, request: Generate, stream: Stream) -> None:
+        self._streams[request.request_id] = (stream, request.adapter)
+        self.last_used = time.monotonic()
+        self._send(request)
+
+    def abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self.last_used = time.monotonic()
+            self._send(Abort(request_id=request_id))
+
+    def retire(self) -> None:
+        """Ask it to leave. Only for a worker without open requests."""
+        assert not self._streams
+        self._advance(WorkerEvent.RETIRE)
+        self._send(Shutdown())
+
+    # --- what the worker says
+
+    async def main_loop(self, on_gone: Callable[[WorkerLink], None]) -> None:
+        """Deliver messages until the worker is gone, then fail what it left behind."""
+        try:
+            async for frame in self._channel:
+                for message in frame.messages:
+                    self._deliver(message)
+        finally:
+            self._advance(WorkerEvent.GONE)
+            self._channel.close()
+            on_gone(self)
+            self._fail_all()
+
+    def _deliver(self, message: WorkerToGateway) -> None:
+        match message:
+            case Delta() | Started() | PromptEcho():
+                if entry := self._streams.get(message.request_id):
+                    entry[0].put(message)
+            case Finished():
+                if entry := self._streams.pop(message.request_id, None):
+                    entry[0].put(message)
+                self.last_used = time.monotonic()
+            case Failed():
+                if entry := self._streams.pop(message.request_id, None):
+                    entry[0].fail(RemoteError(message.error))
+                self.last_used = time.monotonic()
+            case Stats():
+                self.stats = message
+            case Loaded():
+                if (loading := self._adapters.get(message.digest)) and not loading.done():
+                    loading.set_result(message)
+                self._shrink(keep=message.digest)
+            case Refused():
+                if (loading := self._adapters.pop(message.digest, None)) and not loading.done():
+                    loading.set_exception(AdapterInvalid(message.reason, param="lora_path"))
+            case Ready():
+                self._advance(WorkerEvent.READY)
+                self.pid = message.pid
+                if not self.ready.done():
+                    self.ready.set_result(message)
+
+    def _shrink(self, *, keep: str) -> None:
+        """Forget least recently used adapters while they take more than this worker may hold."""
+        loaded = {d: f.result().size_bytes for d, f in self._adapters.items() if f.done() and not f.cancelled()}
+        total = sum(loaded.values())
+        busy = {digest for _, digest in self._streams.values()}
+        for digest, size in loaded.items():
+            if total <= self._adapter_bytes:
+                return
+            if digest != keep and digest not in busy:
+                self.unload(digest)
+                total -= size
+
+    def _fail_all(self) -> None:
+        lost = WorkerLost("the worker serving this request ended; other functions are not affected")
+        if not self.ready.done():
+            self.ready.set_exception(lost)
+        for loading in self._adapters.values():
+            if not loading.done():
+                loading.set_exception(lost)
+        for stream, _ in self._streams.values():
+            stream.fail(lost)
+        self._streams.clear()
+
+    def _advance(self, event: WorkerEvent) -> None:
+        self.state = advance(self.state, event)
+
+    def _send(self, message: GatewayToWorker) -> None:
+        # A worker that has just died is reported by `main_loop`; what is said to it meanwhile is moot.
+        with contextlib.suppress(ChannelClosed):
+            self._channel.send([message])

@@ -1,0 +1,151 @@
+"""Which worker serves which domain: started on demand once, found again, stopped when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from serverlesslora.errors import ServerlessLoraError, Unavailable, WorkerLost
+from serverlesslora.gateway.backbone_service import BackboneService
+from serverlesslora.gateway.worker_link import WorkerLink
+
+log = logging.getLogger("serverlesslora.workers")
+
+
+class Placed(NamedTuple):
+    """A worker that can take a request, and what it cost to have it."""
+
+    link: WorkerLink
+    backbone_s: float  # waiting for the backbone itself
+    worker_s: float  # forking and attaching
+
+
+class Workers:
+    """At most one usable worker per domain. Everything here runs on the event loop, so looks and acts are atomic."""
+
+    def __init__(
+        self,
+        *,
+        idle_timeout_s: float,
+        cold_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._idle_timeout_s = idle_timeout_s
+        self._cold_timeout_s = cold_timeout_s
+        self._clock = clock
+        self._by_domain: dict[str, WorkerLink] = {}
+        self._all: dict[str, WorkerLink] = {}  # also those that are leaving
+        self._starting: dict[str, asyncio.Task[Placed]] = {}
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    def find(self, domain: str) -> WorkerLink | None:
+        link = self._by_domain.get(domain)
+        return link if link is not None and link.is_usable else None
+
+    def __iter__(self) -> Iterator[WorkerLink]:
+        yield from list(self._all.values())
+
+    async def place(self, domain: str, service: BackboneService) -> Placed:
+        """The domain's worker, started if there is none; however many ask at once, one is started.
+
+        Raises Unavailable when none is ready within the cold timeout, WorkerLost when it died on the way.
+        """
+        if (link := self.find(domain)) and link.ready.done():
+            return Placed(link, 0.0, 0.0)
+        task = self._starting.get(domain)
+        if task is None:
+            task = asyncio.create_task(self._start(domain, service), name=f"start {domain}")
+            self._starting[domain] = task
+            task.add_done_callback(lambda done: self._started(domain, done))
+        # One of many waiters going away must not stop the start the others wait for.
+        return await asyncio.shield(task)
+
+    async def start_alone(self, domain: str, service: BackboneService) -> WorkerLink:
+        """A worker outside the table, for one job its caller will retire it after."""
+        async with asyncio.timeout(self._cold_timeout_s):
+            link = service.fork(domain)
+            self._adopt(link)
+            await link.ready
+        return link
+
+    def retire(self, link: WorkerLink) -> None:
+        """Stop a worker that has no open request; the domain forgets it first."""
+        if self._by_domain.get(link.domain) is link:
+            del self._by_domain[link.domain]
+        link.retire()
+
+    def retire_idle(self) -> list[str]:
+        """Stop every worker that has been idle for longer than the timeout; returns their domains."""
+        limit = self._clock() - self._idle_timeout_s
+        idle = [link for link in self._by_domain.values() if not link.num_open and link.last_used <= limit]
+        for link in idle:
+            # A starting worker is somebody's: its requests arrive right after it is ready.
+            if link.ready.done() and link.is_usable:
+                self.retire(link)
+        return [link.domain for link in idle]
+
+    async def main_loop(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self._idle_timeout_s / 4))
+            for domain in self.retire_idle():
+                log.info("stopped the idle worker of %s", domain)
+
+    async def shutdown(self) -> None:
+        for task in list(self._starting.values()):
+            task.cancel()
+        for link in self:
+            if link.is_usable and not link.num_open:
+                self.retire(link)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _start(self, domain: str, service: BackboneService) -> Placed:
+        began = self._clock()
+        try:
+            async with asyncio.timeout(self._cold_timeout_s):
+                await service.wait_ready()
+                ready = self._clock()
+                link = service.fork(domain)
+                self._by_domain[domain] = link
+                self._adopt(link)
+                await link.ready
+        except TimeoutError:
+            raise Unavailable(
+                f"no worker was ready within {self._cold_timeout_s:g} s; it may be by now", retry_after_s=5
+            ) from None
+        return Placed(link, ready - began, self._clock() - ready)
+
+    def _started(self, domain: str, task: asyncio.Task[Placed]) -> None:
+        self._starting.pop(domain, None)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("no worker for %s: %s", domain, error)
+
+    def _adopt(self, link: WorkerLink) -> None:
+        self._all[link.worker_id] = link
+        pump = asyncio.create_task(link.main_loop(self._gone), name=f"worker {link.worker_id}")
+        self._pumps.add(pump)
+        pump.add_done_callback(self._pumps.discard)
+
+    def _gone(self, link: WorkerLink) -> None:
+        self._all.pop(link.worker_id, None)
+        if self._by_domain.get(link.domain) is link:
+            del self._by_domain[link.domain]
+
+
+@contextlib.contextmanager
+def retired_after(workers: Workers, link: WorkerLink) -> Iterator[WorkerLink]:
+    try:
+        yield link
+    finally:
+        if link.is_usable and not link.num_open:
+            workers.retire(link)
+
+
+def is_retryable(error: ServerlessLoraError, *, started: bool) -> bool:
+    """Only a request nobody has begun to compute may be given to another worker."""
+    return isinstance(error, WorkerLost) and not started

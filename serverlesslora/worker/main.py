@@ -1,0 +1,130 @@
+"""The life of one worker: read what the gateway asks, step the engine under the device lease, send what came out.
+
+The main thread computes; a second thread only reads the channel, so that an abort or the gateway's death is seen
+while a step runs. When the channel ends the process ends: a worker never outlives its gateway.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from serverlesslora.engine.engine import Engine
+from serverlesslora.launcher.prepared import PreparedBackbone
+from serverlesslora.worker.lease import DeviceLease
+from serverlesslora_ipc import sealed
+from serverlesslora_ipc.channel import Channel, ChannelClosed
+from serverlesslora_ipc.messages import (
+    Abort,
+    Fork,
+    GatewayToWorker,
+    Generate,
+    LoadAdapter,
+    Ready,
+    Shutdown,
+    Stats,
+    UnloadAdapter,
+    WorkerToGateway,
+)
+
+log = logging.getLogger("serverlesslora.worker")
+
+STATS_INTERVAL_S = 0.25
+
+
+class Worker:
+    def __init__(
+        self, channel: Channel[GatewayToWorker], engine: Engine, lease: DeviceLease, clock: Callable[[], float]
+    ) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._lease = lease
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Sequence[GatewayToWorker]] = queue.SimpleQueue()
+        self._stats_sent_at = float("-inf")
+        self._last_stats: Stats | None = None
+        self._leaving = False
+
+    def main_loop(self) -> None:
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        while not self._leaving:
+            self._receive()
+            if self._engine.has_work:
+                with self._lease.turn():
+                    out = self._engine.step()
+                if out:
+                    self._channel.send(out)
+            self._report()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._channel.receive().messages)
+        except ChannelClosed:
+            # The gateway is gone: nobody wants what the running step computes.
+            os._exit(0)
+
+    def _receive(self) -> None:
+        """Take everything that has arrived; wait for something only when there is nothing to compute."""
+        if not self._engine.has_work:
+            self._report(final=True)
+            self._handle(self._inbox.get())
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _handle(self, messages: Sequence[GatewayToWorker]) -> None:
+        for message in messages:
+            match message:
+                case Generate():
+                    self._engine.submit(message)
+                case Abort():
+                    self._engine.abort(message.request_id)
+                case LoadAdapter():
+                    self._send(self._engine.load_adapter(message))
+                case UnloadAdapter():
+                    self._engine.unload_adapter(message.digest)
+                case Shutdown():
+                    self._leaving = True
+
+    def _send(self, message: WorkerToGateway) -> None:
+        self._channel.send([message])
+
+    def _report(self, *, final: bool = False) -> None:
+        """Send Stats when they changed: at once before falling idle, else at most every STATS_INTERVAL_S."""
+        now = self._clock()
+        if not final and now - self._stats_sent_at < STATS_INTERVAL_S:
+            return
+        stats = self._engine.stats()
+        if stats != self._last_stats:
+            self._send(stats)
+            self._last_stats, self._stats_sent_at = stats, now
+
+
+def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork) -> int:
+    """Entry point of a freshly forked worker; returns the exit code of the process."""
+    started = time.monotonic()
+    torch.set_num_threads(fork.limits.threads)
+    channel: Channel[GatewayToWorker] = Channel(connection, GatewayToWorker)
+    engine = Engine(prepared.model, prepared.lora, prepared.text, fork.limits, time.monotonic)
+    channel.send([Ready(pid=os.getpid(), attach_s=time.monotonic() - started)])
+    # Page tables are not inherited for shared file mappings: fill them while the first request is still on its way.
+    threading.Thread(target=sealed.populate, args=(prepared.weights,), name="populate", daemon=True).start()
+    try:
+        with torch.inference_mode():
+            Worker(channel, engine, DeviceLease(prepared.lease_fd), time.monotonic).main_loop()
+    except ChannelClosed:
+        return 0
+    except Exception:
+        log.exception("worker of domain %s failed", fork.domain)
+        return 1
+    return 0

@@ -1,0 +1,285 @@
+"""The table of workers and the link to one, against a worker played by the test over a real socketpair."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from serverlesslora.errors import AdapterInvalid, Unavailable, WorkerLost
+from serverlesslora.gateway.worker_link import Stream, WorkerLink
+from serverlesslora.gateway.worker_state import WorkerState
+from serverlesslora.gateway.workers import Workers
+from serverlesslora_ipc.channel import AsyncChannel
+from serverlesslora_ipc.messages import (
+    Abort,
+    Delta,
+    Finished,
+    GatewayToWorker,
+    Generate,
+    LoadAdapter,
+    Loaded,
+    Ready,
+    Refused,
+    SamplingParams,
+    Shutdown,
+    Started,
+    TextPrompt,
+    UnloadAdapter,
+    WorkerToGateway,
+)
+
+LOADED_BYTES = 100
+
+
+class PlayedWorker:
+    """The far end of a link: says what the test tells it to, remembers what it was told."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.channel: AsyncChannel[GatewayToWorker] = AsyncChannel(sock, GatewayToWorker)
+        self.heard: list[GatewayToWorker] = []
+
+    async def hears(self, kind: type[Any]) -> Any:
+        while True:
+            for message in self.heard:
+                if isinstance(message, kind):
+                    self.heard.remove(message)
+                    return message
+            self.heard += (await anext(self.channel)).messages
+
+    def says(self, *messages: WorkerToGateway) -> None:
+        self.channel.send(messages)
+
+
+class PlayedService:
+    """Stands where the backbone's processes would be."""
+
+    def __init__(self) -> None:
+        self.workers: list[PlayedWorker] = []
+        self.forked = asyncio.Event()
+        self.is_ready = True
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        while not self.is_ready:
+            await asyncio.sleep(0)
+
+    def fork(self, domain: str) -> WorkerLink:
+        ours, theirs = socket.socketpair()
+        self.workers.append(PlayedWorker(theirs))
+        self.forked.set()
+        channel: AsyncChannel[WorkerToGateway] = AsyncChannel(ours, WorkerToGateway)
+        return WorkerLink(f"w{len(self.workers)}", domain, channel, adapter_bytes=2 * LOADED_BYTES)
+
+
+def play(scene: Callable[[Workers, Any], Coroutine[Any, Any, None]], **settings: float) -> None:
+    async def run() -> None:
+        workers = Workers(**{"idle_timeout_s": 10.0, "cold_timeout_s": 5.0, **settings})  # type: ignore[arg-type]
+        service = PlayedService()
+        try:
+            async with asyncio.timeout(10):
+                await scene(workers, service)
+        finally:
+            await workers.shutdown()
+            for worker in service.workers:
+                worker.channel.close()
+
+    asyncio.run(run())
+
+
+async def ready(service: Any, count: int = 1) -> PlayedWorker:
+    await service.forked.wait()
+    worker: PlayedWorker = service.workers[count - 1]
+    worker.says(Ready(pid=1, attach_s=0.0))
+    return worker
+
+
+def generate(request_id: str = "r", adapter: str | None = None) -> Generate:
+    return Generate(request_id, adapter, TextPrompt("x"), SamplingParams())
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    while not is_true():
+        await asyncio.sleep(0)
+
+
+def test_many_callers_one_start() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        callers = [asyncio.ensure_future(workers.place("d", service)) for _ in range(100)]
+        await ready(service)
+        links = {(await caller).link.worker_id for caller in callers}
+        assert links == {"w1"}
+        assert len(service.workers) == 1
+        assert (await workers.place("d", service)).worker_s == 0.0
+
+    play(scene)
+
+
+def test_a_caller_that_leaves_does_not_stop_the_start() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        first, second = (asyncio.ensure_future(workers.place("d", service)) for _ in range(2))
+        await service.forked.wait()
+        first.cancel()
+        await asyncio.sleep(0)
+        await ready(service)
+        assert (await second).link.state is WorkerState.SERVING
+
+    play(scene)
+
+
+def test_a_start_that_takes_too_long_is_unavailable_with_a_time_to_retry() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        service.is_ready = False
+        with pytest.raises(Unavailable) as error:
+            await workers.place("d", service)
+        assert error.value.retry_after_s is not None
+        assert 1 <= error.value.retry_after_s <= 60
+
+    play(scene, cold_timeout_s=0.05)
+
+
+def test_a_worker_that_dies_before_it_is_ready() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await service.forked.wait()
+        service.workers[0].channel.close()
+        with pytest.raises(WorkerLost):
+            await caller
+        assert workers.find("d") is None
+        # The next request simply starts another.
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await until(lambda: len(service.workers) == 2)
+        await ready(service, 2)
+        assert (await caller).link.worker_id == "w2"
+
+    play(scene)
+
+
+def test_retired_workers_are_forgotten_before_they_are_told() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        workers.retire(link)
+        assert workers.find("d") is None
+        assert link.state is WorkerState.LEAVING
+        await played.hears(Shutdown)
+        played.channel.close()
+        await until(lambda: link.state is WorkerState.GONE)
+        assert list(workers) == []
+
+    play(scene)
+
+
+def test_only_idle_workers_are_retired() -> None:
+    now = 0.0
+
+    async def scene(workers: Workers, service: Any) -> None:
+        nonlocal now
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await ready(service)
+        link = (await caller).link
+        link.last_used = now
+        link.submit(generate(), Stream())
+        link.last_used = now
+        now = 100.0
+        assert workers.retire_idle() == []
+        link.abort("r")
+        link.last_used = 95.0
+        assert workers.retire_idle() == []
+        now = 106.0
+        assert workers.retire_idle() == ["d"]
+
+    play(scene, clock=lambda: now)  # type: ignore[arg-type]
+
+
+def test_events_reach_their_stream_and_death_fails_it() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        done, cut = Stream(), Stream()
+        link.submit(generate("done"), done)
+        link.submit(generate("cut"), cut)
+        played.says(Started("done", 3), Delta("done", 0, "hi"), Finished("done", 3, 1), Started("cut", 3))
+        assert [type(await done.next()) for _ in range(3)] == [Started, Delta, Finished]
+        assert isinstance(await cut.next(), Started)
+        played.channel.close()
+        with pytest.raises(WorkerLost):
+            await cut.next()
+        assert cut.has_started
+        assert link.num_open == 0
+
+    play(scene)
+
+
+def test_what_arrived_before_a_failure_is_still_read() -> None:
+    async def scene() -> None:
+        stream = Stream()
+        stream.put(Started("r", 1))
+        stream.fail(WorkerLost("gone"))
+        assert isinstance(await stream.next(), Started)
+        with pytest.raises(WorkerLost):
+            await stream.next()
+
+    asyncio.run(scene())
+
+
+def test_adapters_load_once_and_the_least_recently_used_leave() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+
+        async def load(digest: str) -> None:
+            loading = link.load(digest, "/p")
+            assert link.load(digest, "/p") is loading
+            assert not link.has(digest)
+            assert (await played.hears(LoadAdapter)).digest == digest
+            played.says(Loaded(digest, 0.1, LOADED_BYTES))
+            await loading
+            assert link.has(digest)
+
+        await load("a")
+        await load("b")
+        link.load("a", "/p")  # used again: b is now the oldest
+        link.submit(generate("busy", adapter="a"), Stream())
+        await load("c")
+        assert (await played.hears(UnloadAdapter)).digest == "b"
+        assert link.adapters == ("a", "c")
+
+    play(scene)
+
+
+def test_a_refused_adapter_is_an_error_for_who_asked_and_can_be_tried_again() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        loading: Awaitable[Loaded] = link.load("a", "/p")
+        await played.hears(LoadAdapter)
+        played.says(Refused("a", "rank 0"))
+        with pytest.raises(AdapterInvalid, match="rank 0"):
+            await loading
+        assert link.adapters == ()
+
+    play(scene)
+
+
+def test_an_abort_is_told_once_and_later_events_are_dropped() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        stream = Stream()
+        link.submit(generate(), stream)
+        link.abort("r")
+        link.abort("r")
+        assert (await played.hears(Abort)).request_id == "r"
+        assert not any(isinstance(message, Abort) for message in played.heard)
+        played.says(Delta("r", 0, "late"))
+        assert link.num_open == 0
+
+    play(scene)
