@@ -297,6 +297,7 @@ class Exited(Message, frozen=True):
 
 class LauncherFailed(Message, frozen=True):
     reason: str
+    worker_id: str | None = None  # set when only this worker could not be made and the launcher goes on
 
 
 GatewayToLauncher = Prepare | Fork | Shutdown
