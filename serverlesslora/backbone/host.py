@@ -1,0 +1,91 @@
+"""The backbone host's first life: load, seal, publish, then become the small process that holds the memory.
+
+Run as `python -m serverlesslora.backbone.host --fd N --model PATH`. A restarted host that only has to adopt memory
+the gateway still has starts as `serverlesslora.backbone.hold` directly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from serverlesslora_ipc import process
+from serverlesslora_ipc.channel import Channel, ChannelClosed
+from serverlesslora_ipc.messages import BackboneFailed, GatewayToHost, Progress, Published
+
+_PROGRESS_STEPS = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="serverlesslora.backbone.host")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--revision")
+    parser.add_argument("--allow-pickle", action="store_true")
+    options = parser.parse_args(argv)
+    process.die_with_parent()
+    process.ignore_interrupt()
+    process.set_name("slora-backbone")
+    channel: Channel[GatewayToHost] = Channel.inherited(options.fd, GatewayToHost)
+    process.exit_on_hangup(options.fd)
+    try:
+        _load_and_hold(channel, options)
+    except ChannelClosed:
+        return 0
+    except BaseException as error:
+        channel.send([BackboneFailed(reason=_reason(error))])
+        return 1
+
+
+def _load_and_hold(channel: Channel[GatewayToHost], options: argparse.Namespace) -> NoReturn:
+    started = time.monotonic()
+    from serverlesslora.backbone import loader  # imports torch; the command line and the process state come first
+
+    reported = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reported
+        if done - reported >= total / _PROGRESS_STEPS or done == total:
+            reported = done
+            channel.send([Progress(done_bytes=done, total_bytes=total)])
+
+    weights_fd, manifest_fd, manifest = loader.load(
+        options.model,
+        dtype=options.dtype,
+        revision=options.revision,
+        allow_pickle=options.allow_pickle,
+        progress=progress,
+    )
+    seconds = time.monotonic() - started
+    published = Published(
+        size_bytes=manifest.total_bytes,
+        layout_digest=manifest.layout_digest,
+        content_digest=manifest.content_digest,
+        seconds=seconds,
+    )
+    channel.send([published], fds=[weights_fd, manifest_fd])
+    for fd in (channel.fileno(), weights_fd, manifest_fd):
+        os.set_inheritable(fd, True)
+    module = [sys.executable, "-m", "serverlesslora.backbone.hold", "--fd", str(channel.fileno())]
+    os.execv(sys.executable, [*module, "--held", str(weights_fd), str(manifest_fd), "--seconds", repr(seconds)])
+
+
+def _reason(error: BaseException) -> str:
+    from serverlesslora.backbone.loader import BackboneInvalid
+
+    if isinstance(error, BackboneInvalid):
+        return str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"not enough memory to load the backbone: {error}"
+    traceback.print_exc()
+    return f"loading failed: {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""The launcher as a real process: what it makes, what it reports, who outlives whom."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import xxhash
+
+from serverlesslora_ipc.channel import Channel, ChannelClosed
+from serverlesslora_ipc.messages import (
+    Exited,
+    Fork,
+    Forked,
+    LauncherFailed,
+    LauncherToGateway,
+    Prepare,
+    Prepared,
+    PromptEcho,
+    Ready,
+    Shutdown,
+    WorkerLimits,
+    WorkerToGateway,
+)
+
+if TYPE_CHECKING:
+    from serverlesslora.launcher.prepared import PreparedBackbone
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 100.0
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+LIMITS = WorkerLimits(threads=2, kv_bytes=1 << 20)
+
+
+# --- what runs inside the launcher and its workers ---------------------------------------------------------------
+
+
+def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork) -> int:
+    """A worker's life for these tests; its domain says what it does."""
+    channel: Channel[Any] = Channel(connection, Shutdown)
+    match fork.domain:
+        case "returns 7":
+            return 7
+        case "raises":
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            raise RuntimeError("a fault of ours")
+        case "exits 3":
+            sys.exit(3)
+        case "writes to a weight":
+            ctypes.memset(next(prepared.model.parameters()).data_ptr(), 1, 1)
+        case "computes":
+            import torch
+
+            torch.set_num_threads(fork.limits.threads)
+            torch.ones(1 << 20).sum()  # large enough for a parallel region
+            with torch.inference_mode():
+                ids = prepared.model(torch.arange(8)[None]).logits[0].argmax(-1)
+            channel.send([PromptEcho(request_id="r", text="", token_ids=tuple(ids.tolist()))])
+        case "is deaf":
+            channel.send([Ready(pid=os.getpid(), attach_s=0.0)])
+            while True:
+                pass
+        case _:
+            channel.send([Ready(pid=os.getpid(), attach_s=0.0)])
+            channel.receive()
+    return 0
+
+
+class Nothing:
+    context_length = 1
+    vocab_size = 1
+
+
+def prepare_nothing(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:
+    """For tests of processes: no model is needed to be killed."""
+    os.close(weights_fd)
+    os.close(manifest_fd)
+    return Nothing()
+
+
+def prepare_with_a_thread(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:
+    import threading
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=signal.pause, name="pool", daemon=True).start()
+    return prepare_nothing(backbone, weights_fd, manifest_fd)
+
+
+# --- the gateway's side ------------------------------------------------------------------------------------------
+
+
+class Worker:
+    def __init__(self, launcher: Launcher, worker_id: str, domain: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            launcher.channel.send([Fork(worker_id=worker_id, domain=domain, limits=LIMITS)], [theirs.fileno()])
+        self.channel: Channel[WorkerToGateway] = Channel(ours, WorkerToGateway)
+        forked = launcher.receive()
+        assert isinstance(forked, Forked)
+        assert forked.worker_id == worker_id
+        self.pid = forked.pid
+        launcher.resources.callback(self.channel.close)
+
+    def receive(self) -> WorkerToGateway:
+        assert self.channel.poll(TIMEOUT_S), "the worker says nothing"
+        (message,) = self.channel.receive().messages
+        return message
+
+
+class Launcher:
+    def __init__(self, *arguments: str) -> None:
+        self.resources = ExitStack()
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "serverlesslora.launcher.zygote", "--fd", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            [*command, "--worker", "tests.test_zygote:run", *arguments],
+            pass_fds=[theirs.fileno()],
+            env=ENVIRONMENT,
+        )
+        theirs.close()
+        self.channel: Channel[LauncherToGateway] = Channel(ours, LauncherToGateway)
+
+    def receive(self) -> LauncherToGateway:
+        assert self.channel.poll(TIMEOUT_S), "the launcher says nothing"
+        (message,) = self.channel.receive().messages
+        return message
+
+    def prepare(self, weights_fd: int, manifest_fd: int) -> LauncherToGateway:
+        self.channel.send([Prepare(backbone="base")], [weights_fd, manifest_fd])
+        return self.receive()
+
+    def ended(self) -> tuple[str, int]:
+        exited = self.receive()
+        assert isinstance(exited, Exited)
+        return exited.worker_id, exited.status
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.resources.close()
+        self.channel.close()
+        self.process.wait(TIMEOUT_S)
+
+
+def empty_launcher(preparing: str = "prepare_nothing") -> Launcher:
+    launcher = Launcher("--prepare", f"tests.test_zygote:{preparing}")
+    null = os.open(os.devnull, os.O_RDONLY)
+    launcher.channel.send([Prepare(backbone="base")], [null, null])
+    os.close(null)
+    return launcher
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Iterator[Any]:
+    import tempfile
+
+    from serverlesslora.backbone.loader import load
+    from tests.fakes import byte_tokenizer, tiny_model
+
+    with tempfile.TemporaryDirectory() as directory:
+        tiny_model().save_pretrained(directory)
+        byte_tokenizer().save_pretrained(directory)
+        backbone = load(directory, dtype="float32")
+        yield backbone
+    os.close(backbone.weights_fd)
+    os.close(backbone.manifest_fd)
+
+
+@pytest.fixture(scope="module")
+def launcher(backbone: Any) -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        prepared = launcher.prepare(backbone.weights_fd, backbone.manifest_fd)
+        assert isinstance(prepared, Prepared)
+        assert (prepared.context_length, prepared.vocab_size) == (256, 260)
+        yield launcher
+
+
+def proc(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
+def wait_for_end(pidfds: list[int]) -> None:
+    for pidfd in pidfds:
+        ready, _, _ = select.select([pidfd], [], [], TIMEOUT_S)
+        os.close(pidfd)
+        assert ready, "a process lives on"
+
+
+def test_the_launcher_has_one_thread(launcher: Launcher) -> None:
+    assert os.listdir(f"/proc/{launcher.process.pid}/task") == [str(launcher.process.pid)]
+
+
+def test_a_worker_computes_with_threads_of_its_own(launcher: Launcher, backbone: Any) -> None:
+    import torch
+
+    from serverlesslora.backbone.attach import attach
+    from serverlesslora_ipc import sealed
+
+    model = attach(sealed.map_readonly(backbone.weights_fd), backbone.manifest, attention="eager")
+    with torch.inference_mode():
+        expected = model(torch.arange(8)[None]).logits[0].argmax(-1).tolist()
+    for i in range(3):
+        echo = Worker(launcher, f"w{i}", "computes").receive()
+        assert isinstance(echo, PromptEcho)
+        assert list(echo.token_ids) == expected
+        assert launcher.ended() == (f"w{i}", 0)
+
+
+def test_a_worker_is_itself(launcher: Launcher) -> None:
+    first, second = Worker(launcher, "first", "waits"), Worker(launcher, "second", "waits")
+    for worker in (first, second):
+        assert worker.receive() == Ready(pid=worker.pid, attach_s=0.0)
+        assert proc(worker.pid, "comm") == "slora-worker\n"
+        assert os.getpgid(worker.pid) == os.getpgid(0), "one kill of the group must reach everybody"
+        links = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
+        assert len([link for link in links if link.startswith("socket:")]) == 1, "no channel but its own"
+        assert not [link for link in links if "pidfd" in link or "manifest" in link]
+    first.channel.close()
+    assert launcher.ended() == ("first", 0)
+    second.channel.send([Shutdown()])
+    assert launcher.ended() == ("second", 0)
+
+
+@pytest.mark.parametrize(("domain", "status"), [("returns 7", 7), ("raises", 1), ("exits 3", 3)])
+def test_exit_codes(launcher: Launcher, domain: str, status: int) -> None:
+    Worker(launcher, "w", domain)
+    assert launcher.ended() == ("w", status)
+
+
+def test_a_killed_worker_is_reported_and_its_channel_ends(launcher: Launcher) -> None:
+    worker = Worker(launcher, "w", "waits")
+    worker.receive()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ChannelClosed):
+        worker.receive()
+    assert launcher.ended() == ("w", -signal.SIGKILL)
+
+
+def test_a_worker_that_writes_to_a_weight_dies_alone(launcher: Launcher, backbone: Any) -> None:
+    other = Worker(launcher, "other", "waits")
+    other.receive()
+    Worker(launcher, "writer", "writes to a weight")
+    assert launcher.ended() == ("writer", -signal.SIGSEGV)
+    content = os.pread(backbone.weights_fd, backbone.manifest.total_bytes, 0)
+    assert xxhash.xxh3_128_hexdigest(content) == backbone.manifest.content_digest
+    other.channel.send([Shutdown()])
+    assert launcher.ended() == ("other", 0)
+
+
+def test_a_worker_outlives_its_launcher_but_not_its_channel() -> None:
+    with empty_launcher() as launcher:
+        assert isinstance(launcher.receive(), Prepared)
+        deaf, waiting = Worker(launcher, "deaf", "is deaf"), Worker(launcher, "waiting", "waits")
+        pidfds = [os.pidfd_open(worker.pid) for worker in (deaf, waiting)]
+        deaf.receive()
+        launcher.process.kill()
+        assert launcher.process.wait(TIMEOUT_S) == -signal.SIGKILL
+        assert isinstance(waiting.receive(), Ready), "made before, heard after"
+        assert select.select(pidfds, [], [], 0)[0] == []
+        deaf.channel.close()
+        waiting.channel.close()
+        wait_for_end(pidfds)
+
+
+def test_everybody_dies_with_a_killed_gateway(tmp_path: Path) -> None:
+    """A middle process plays the gateway and is killed while a worker computes and never looks at its channel."""
+    gateway = (
+        "import sys\n"
+        "from tests.test_zygote import Worker, empty_launcher\n"
+        "launcher = empty_launcher()\n"
+        "launcher.receive()\n"
+        "workers = [Worker(launcher, 'deaf', 'is deaf'), Worker(launcher, 'waiting', 'waits')]\n"
+        "for worker in workers:\n"
+        "    worker.receive()\n"
+        "print(launcher.process.pid, *(worker.pid for worker in workers), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    before = sorted(os.listdir("/dev/shm"))
+    middle = subprocess.Popen(
+        [sys.executable, "-c", gateway],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+    )
+    with middle:
+        assert middle.stdout is not None
+        pidfds = [os.pidfd_open(int(pid)) for pid in middle.stdout.readline().split()]
+        assert len(pidfds) == 3
+        middle.kill()
+    wait_for_end(pidfds)
+    assert sorted(os.listdir("/dev/shm")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_starts_a_thread_is_refused() -> None:
+    with empty_launcher("prepare_with_a_thread") as launcher:
+        failed = launcher.receive()
+        assert isinstance(failed, LauncherFailed)
+        assert "started threads in the launcher" in failed.reason
+        assert launcher.process.wait(TIMEOUT_S) == 1
+
+
+def test_the_launcher_ends_when_told_and_when_its_channel_does() -> None:
+    for tell in (True, False):
+        with empty_launcher() as launcher:
+            launcher.receive()
+            if tell:
+                launcher.channel.send([Shutdown()])
+            else:
+                launcher.channel.close()
+            assert launcher.process.wait(TIMEOUT_S) == 0
