@@ -1,0 +1,148 @@
+"""A request inside the engine: its choices, what they cost, and the messages that tell the gateway about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from serverlesslora.engine.detokenize import Detokenizer
+from serverlesslora.engine.logprobs import token_logprob
+from serverlesslora.engine.prompts import TextCodec
+from serverlesslora.engine.sampler import Sampled, SampleRow, choice_seed
+from serverlesslora.engine.sequence import Sequence, SequenceState
+from serverlesslora.engine.stopping import Stopping
+from serverlesslora_ipc.messages import Delta, Finished, Generate, PromptEcho, Started, TextPrompt
+
+
+@dataclass(eq=False, slots=True)
+class Choice:
+    index: int
+    seed: int
+    sequence: Sequence
+    stopping: Stopping
+    detokenizer: Detokenizer
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    message: Generate
+    text: TextCodec
+    prompt_ids: list[int]
+    max_tokens: int  # resolved: what was asked for, or what the context has room for
+    submitted_at: float
+    started_at: float | None = None
+    device_s: float = 0.0
+    prompt_scores: list[Sampled] = field(default_factory=list)  # of the second prompt token and those behind it
+    choices: dict[Sequence, Choice] = field(default_factory=dict)
+    num_cached: int = 0
+    _has_echoed: bool = False
+
+    @property
+    def adapter(self) -> str:
+        return self.message.adapter or ""
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.message.sampling.prompt_logprobs is not None
+
+    @property
+    def has_ended(self) -> bool:
+        return all(sequence.state is SequenceState.ENDED for sequence in self.choices)
+
+    def create_choices(self, sequence_ids: Iterator[int]) -> None:
+        """One sequence per choice; the further ones follow the first, which computes the prompt for all.
+
+        Nothing is created where nothing is to be computed, and only one where the prompt is only scored.
+        """
+        samples = self.max_tokens > 0
+        first: Sequence | None = None
+        for index in range(self.message.n if samples else int(self.scores_prompt)):
+            sequence = Sequence(
+                next(sequence_ids),
+                self.adapter,
+                list(self.prompt_ids),
+                len(self.prompt_ids),
+                follows=first,
+                samples=samples,
+                scores_prompt=self.scores_prompt and first is None,
+            )
+            self.choices[sequence] = self._choice(index, sequence)
+            first = first or sequence
+
+    def _choice(self, index: int, sequence: Sequence) -> Choice:
+        params, num_prompt = self.message.sampling, len(self.prompt_ids)
+        return Choice(
+            index,
+            choice_seed(params.seed, index),
+            sequence,
+            Stopping(
+                params,
+                eos_token_ids=self.text.eos_token_ids,
+                prompt_tokens=num_prompt,
+                context_length=num_prompt + self.max_tokens,
+            ),
+            self.text.detokenizer(self.prompt_ids, skip_special_tokens=params.skip_special_tokens),
+        )
+
+    def sample_row(self, sequence: Sequence) -> SampleRow:
+        choice, params = self.choices[sequence], self.message.sampling
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        return SampleRow(
+            params,
+            choice.seed,
+            position=sequence.num_tokens,
+            prompt_ids=self.prompt_ids,
+            output_ids=sequence.output_ids if penalised else (),
+            banned=choice.stopping.banned,
+        )
+
+    def advance(self, sequence: Sequence, sampled: Sampled) -> Delta:
+        """What the token that was just sampled means for the client."""
+        choice = self.choices[sequence]
+        piece = choice.detokenizer.push(sampled.token_id)
+        outcome = choice.stopping.push(sampled.token_id, piece, choice.detokenizer.flush)
+        logprobs = None
+        if self.message.sampling.logprobs is not None:
+            logprobs = (token_logprob(sampled, self.text.vocabulary),)
+        return Delta(
+            self.message.request_id,
+            choice.index,
+            outcome.text,
+            (sampled.token_id,),
+            logprobs,
+            outcome.finish_reason,
+            outcome.stop_reason,
+        )
+
+    def start(self, now: float) -> Started:
+        self.started_at = now
+        self.num_cached = max((sequence.num_cached for sequence in self.choices), default=0)
+        return Started(self.message.request_id, len(self.prompt_ids), self.num_cached)
+
+    def echo(self) -> list[PromptEcho]:
+        """The prompt, once, as soon as all of it is scored that has to be."""
+        wanted = self.message.echo or self.scores_prompt
+        num_scores = len(self.prompt_ids) - 1 if self.scores_prompt else 0
+        if self._has_echoed or not wanted or len(self.prompt_scores) < num_scores:
+            return []
+        self._has_echoed = True
+        prompt = self.message.prompt
+        shown = prompt.text if isinstance(prompt, TextPrompt) else self.text.vocabulary.decode(self.prompt_ids)
+        logprobs = None
+        if self.scores_prompt:
+            logprobs = (None, *(token_logprob(scored, self.text.vocabulary) for scored in self.prompt_scores))
+        return [PromptEcho(self.message.request_id, shown, tuple(self.prompt_ids), logprobs)]
+
+    def end_without_output(self) -> list[Delta]:
+        return [Delta(self.message.request_id, index, "", finish_reason="length") for index in range(self.message.n)]
+
+    def finish(self) -> Finished:
+        assert self.started_at is not None
+        return Finished(
+            self.message.request_id,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=sum(sequence.num_output for sequence in self.choices),
+            cached_tokens=self.num_cached,
+            queue_s=self.started_at - self.submitted_at,
+            device_s=self.device_s,
+        )
