@@ -95,6 +95,11 @@ class Engine:
         self._num_steps = 0
         self._busy_s = 0.0
 
+    def close(self) -> None:
+        """Leave the model to another engine; nothing may be running."""
+        assert not self._requests
+        self._runner.close()
+
     # --- what the gateway asks ----------------------------------------------------------------------------------
 
     @property

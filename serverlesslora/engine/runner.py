@@ -42,7 +42,11 @@ class Runner:
         self._row_segments: list[Segment] = []
         freeze_rope(model, max_model_len)
         # The head sees other rows than the body, and it may carry LoRA too.
-        model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
+        self._hook = model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
+
+    def close(self) -> None:
+        """Leave the model to another runner."""
+        self._hook.remove()
 
     @torch.inference_mode()
     def run(self, work: list[Work], adapters: Mapping[str, Adapter]) -> StepOutput:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from serverlesslora.backbone.attach import attach
+from serverlesslora.engine.engine import Engine
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
+from serverlesslora.engine.shortcuts import take_shortcuts
 from serverlesslora_ipc import manifest as manifests
 from serverlesslora_ipc import sealed
 from serverlesslora_ipc.manifest import Manifest
+from serverlesslora_ipc.messages import Failed, Generate, SamplingParams, TokensPrompt, WorkerLimits
 
 # Where a config may say how many positions a model can tell apart.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _UNBOUNDED_CONTEXT = 1 << 20
+
+WARM_UP_TOKENS = 80  # more rows than the native kernels take, so that torch's own path is warm too
 
 
 class PrepareError(Exception):
@@ -38,9 +45,7 @@ class PreparedBackbone:
 
     @property
     def context_length(self) -> int:
-        config = self.model.config.get_text_config()
-        found = [getattr(config, field, None) for field in _CONTEXT_FIELDS]
-        return next((length for length in found if isinstance(length, int) and length > 0), _UNBOUNDED_CONTEXT)
+        return context_length(self.model.config.get_text_config())
 
     @property
     def vocab_size(self) -> int:
@@ -60,11 +65,39 @@ def prepare(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbon
     if manifest.tokenizer is None:
         raise PrepareError(f"{manifest.model} has no tokenizer files beside its weights")
     model = attach(weights, manifest, attention="eager")  # each worker's engine puts its own in its place
-    return PreparedBackbone(
+    lora = LoraModel(model)
+    take_shortcuts(model)
+    config = model.config.get_text_config()
+    prepared = PreparedBackbone(
         backbone=backbone,
         manifest=manifest,
         weights=weights,
         model=model,
-        lora=LoraModel(model),
-        text=TextCodec(AutoTokenizer.from_pretrained(manifest.tokenizer)),
+        lora=lora,
+        text=TextCodec.from_directory(
+            Path(manifest.tokenizer), context_length=context_length(config), vocab_size=config.vocab_size
+        ),
     )
+    warm_up(prepared)
+    return prepared
+
+
+def warm_up(prepared: PreparedBackbone) -> None:
+    """Answer one request here, so that what happens only once happens before the fork: late imports, caches of
+    transformers, kernels loaded and primitives created. One thread: a pool must not start."""
+    limits = WorkerLimits(threads=1, kv_bytes=64 << 20, max_running=1, block_size=16)
+    engine = Engine(prepared.model, prepared.lora, prepared.text, limits, time.monotonic)
+    prompt = TokensPrompt(token_ids=tuple(range(1, 1 + WARM_UP_TOKENS)))
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    engine.submit(Generate(request_id="warm-up", adapter=None, prompt=prompt, sampling=sampling))
+    while engine.has_work:
+        for message in engine.step():
+            if isinstance(message, Failed):
+                raise PrepareError(f"the backbone cannot answer: {message.error.message}")
+    engine.close()
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Positions the model can tell apart."""
+    found = [getattr(config, field, None) for field in _CONTEXT_FIELDS]
+    return next((length for length in found if isinstance(length, int) and length > 0), _UNBOUNDED_CONTEXT)

@@ -1,0 +1,46 @@
+"""LoraModel: one backbone, wrapped once, serving any number of adapters by segments of a packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from serverlesslora.engine.lora.adapter import Adapter
+from serverlesslora.engine.lora.batch import Batch, Segment
+from serverlesslora.engine.lora.sites import Sites
+from serverlesslora.engine.lora.strict import load_adapter
+
+
+class LoraModel:
+    """The backbone's weights are only read; an adapter's tensors live here until it is unloaded."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._batch = Batch()
+        self._sites = Sites(model, self._batch)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the backbone's embedding; an adapter may bring more."""
+        return self._sites.vocab_size
+
+    def set_segments(self, segments: Sequence[Segment]) -> None:
+        """Announce the rows that the next forward (of the body, or of lm_head alone) will see, sorted, no gaps."""
+        self._batch.set(segments)
+
+    def load(self, path: Path, digest: str) -> Adapter:
+        """Read a PEFT directory strictly; raises AdapterInvalid with the reason for the adapter's owner."""
+        adapter = load_adapter(path, digest, self._sites)
+        for site in adapter.others:
+            site.retain()
+        return adapter
+
+    def unload(self, adapter: Adapter) -> None:
+        """Forget an adapter that no running request uses; its memory is free when this returns."""
+        if self._batch.uses(adapter):
+            self._batch.set(())
+        self._batch.forget(adapter)
+        for site in adapter.others:
+            site.release()
+        adapter.clear()
