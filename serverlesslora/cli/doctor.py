@@ -84,6 +84,7 @@ def _find_backbone(path: Path, named: str | None) -> str | None:
 
 def _try_on(found: Diagnosis, path: Path, backbone: str) -> Diagnosis:
     import time
+    import warnings
 
     import torch
     from peft import PeftModel
@@ -91,6 +92,7 @@ def _try_on(found: Diagnosis, path: Path, backbone: str) -> Diagnosis:
 
     from serverlesslora.engine.lora import LoraModel, Segment
 
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' affairs
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
@@ -127,7 +129,7 @@ def _try_on(found: Diagnosis, path: Path, backbone: str) -> Diagnosis:
 
 
 def report(found: Diagnosis) -> None:
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(
         f"adapter    {found.adapter}\ndigest     {found.digest}\nsize       {found.size_bytes / 1e6:.1f} MB",
         highlight=False,

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         format="%(name)s: %(message)s",
         handlers=[RichHandler(console=console, show_path=False)],
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat what `greet` says
     config = config_from(arguments)
     uvloop.run(_serve(config, console))
     return 0

@@ -41,34 +41,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render(status: FleetStatus) -> Group:
-    backbones = Table("backbone", "state", "MB", "sharing", "host", "launcher", "restarts", title="backbones")
+    backbones = _table("BACKBONE", "STATE", "MB", "HOST", "LAUNCHER", "RESTARTS", "SHARING")
     for b in status.backbones:
-        backbones.add_row(
-            b.name,
-            b.state,
-            f"{b.size_bytes / 1e6:.0f}",
-            b.sharing,
-            str(b.host_pid),
-            str(b.launcher_pid),
-            str(b.restarts),
-        )
-    workers = Table(
-        "domain", "state", "pid", "open", "running", "waiting", "kv", "adapters", "busy s", "idle s", title="workers"
-    )
+        pids = (str(b.host_pid), str(b.launcher_pid))
+        backbones.add_row(b.name, b.state, f"{b.size_bytes / 1e6:.0f}", *pids, str(b.restarts), b.sharing)
+    workers = _table("WORKER OF", "STATE", "PID", "OPEN", "RUN", "WAIT", "KV %", "ADAPTERS", "BUSY S", "IDLE S")
     for w in sorted(status.workers, key=lambda worker: worker.domain):
         s = w.stats
-        kv = f"{100 * s.kv_used_blocks / s.kv_total_blocks:.0f} %" if s and s.kv_total_blocks else "-"
-        workers.add_row(
-            w.domain,
-            w.state,
-            str(w.pid),
-            str(w.open_requests),
-            str(s.running if s else 0),
-            str(s.waiting if s else 0),
-            kv,
-            str(len(w.adapters)),
-            f"{s.busy_s:.1f}" if s else "-",
-            f"{w.idle_s:.0f}",
-        )
-    asleep = sorted(set(status.domains.values()) - {w.domain for w in status.workers})
-    return Group(backbones, workers, f"{len(status.functions)} functions, {len(asleep)} domains at zero")
+        kv = f"{100 * s.kv_used_blocks / s.kv_total_blocks:.0f}" if s and s.kv_total_blocks else "-"
+        counts = (str(w.open_requests), str(s.running if s else 0), str(s.waiting if s else 0))
+        busy = f"{s.busy_s:.1f}" if s else "-"
+        workers.add_row(w.domain, w.state, str(w.pid), *counts, kv, str(len(w.adapters)), busy, f"{w.idle_s:.0f}")
+    asleep = set(status.domains.values()) - {w.domain for w in status.workers}
+    return Group(backbones, "", workers, "", f"{len(status.functions)} functions, {len(asleep)} domains at zero")
+
+
+def _table(first: str, *columns: str) -> Table:
+    """Eighty columns are enough; a long domain is what gets cut."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column(first, overflow="ellipsis", no_wrap=True)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table

@@ -102,7 +102,7 @@ class FleetGeneration:
                 return await self._run(may_retry=False)
             raise
         assert isinstance(started, Started)
-        parts = [("backbone", placed.backbone_s), ("worker", placed.worker_s)]
+        parts = [("backbone", placed.backbone_s if rung == "backbone" else 0.0), ("worker", placed.worker_s)]
         if loading is not None and rung != "hot":
             parts.append(("adapter", loaded.seconds))
         self._cold = Cold(rung=rung, parts=tuple((name, seconds) for name, seconds in parts if seconds > 0))

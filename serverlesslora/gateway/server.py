@@ -16,10 +16,13 @@ from serverlesslora.config import ServerConfig
 from serverlesslora.errors import ConfigError
 from serverlesslora.gateway.admin import create_admin_app
 from serverlesslora.gateway.app import create_app
+from serverlesslora.gateway.connections import watched
 from serverlesslora.gateway.fleet import Fleet
 from serverlesslora.gateway.limits import HttpSettings
 
 log = logging.getLogger("serverlesslora.server")
+
+HEADER_TIMEOUT_S = 10.0
 
 
 class HttpListener(uvicorn.Server):
@@ -27,7 +30,15 @@ class HttpListener(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
         super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30, ws="none")
+            uvicorn.Config(
+                app,
+                http=watched(HEADER_TIMEOUT_S),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=30,
+                ws="none",
+            )
         )
         self._socket = sock
         self._serving: asyncio.Task[None] | None = None

@@ -110,7 +110,7 @@ class Worker:
             self._last_stats, self._stats_sent_at = stats, now
 
 
-def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork) -> int:
+def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork, *, lease_fd: int | None = None) -> int:
     """Entry point of a freshly forked worker; returns the exit code of the process."""
     started = time.monotonic()
     torch.set_num_threads(fork.limits.threads)
@@ -121,7 +121,7 @@ def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork) -> in
     threading.Thread(target=sealed.populate, args=(prepared.weights,), name="populate", daemon=True).start()
     try:
         with torch.inference_mode():
-            Worker(channel, engine, DeviceLease(prepared.lease_fd), time.monotonic).main_loop()
+            Worker(channel, engine, DeviceLease(lease_fd), time.monotonic).main_loop()
     except ChannelClosed:
         return 0
     except Exception:

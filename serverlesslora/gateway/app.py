@@ -1,0 +1,197 @@
+"""The HTTP application: routes, the headers every answer carries, and the order to stop taking requests."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import serverlesslora
+from serverlesslora.errors import ServerlessLoraError, Unavailable
+from serverlesslora.gateway.adapters_api import AdapterApi
+from serverlesslora.gateway.answering import GenerationResponse
+from serverlesslora.gateway.backend import Backend, ModelCard
+from serverlesslora.gateway.chat import parse_chat
+from serverlesslora.gateway.completions import parse_completion
+from serverlesslora.gateway.http_errors import answer_for
+from serverlesslora.gateway.limits import HttpSettings, read_json
+from serverlesslora.gateway.metrics import CONTENT_TYPE, Metrics
+from serverlesslora.gateway.openai import Model, ModelList
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gateway:
+    """The endpoints and what they share."""
+
+    def __init__(self, backend: Backend, settings: HttpSettings) -> None:
+        self.backend = backend
+        self.settings = settings
+        self.metrics = Metrics(backend.stats, settings.metrics_functions)
+        self.adapters = AdapterApi(backend)
+        self.draining = False
+        self.in_flight = 0
+
+    def drain(self) -> None:
+        """From now on /ready says no and new generations are refused; those under way go on."""
+        self.draining = True
+
+    # --- generation ---
+
+    async def chat(self, request: Request) -> Response:
+        self._check_open()
+        body = await read_json(request, self.settings)
+        parsed, generation, answer = parse_chat(body, request.state.request_id, self.settings)
+        self.backend.model(parsed.model)
+        return GenerationResponse(
+            self.backend,
+            [generation],
+            answer,
+            stream=bool(parsed.stream),
+            metrics=self.metrics,
+            settings=self.settings,
+        )
+
+    async def complete(self, request: Request) -> Response:
+        self._check_open()
+        body = await read_json(request, self.settings)
+        parsed, generations, answer = parse_completion(body, request.state.request_id, self.settings)
+        self.backend.model(parsed.model)
+        return GenerationResponse(
+            self.backend,
+            generations,
+            answer,
+            stream=bool(parsed.stream),
+            metrics=self.metrics,
+            settings=self.settings,
+        )
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise Unavailable("The server is shutting down.", retry_after_s=5)
+
+    # --- models and adapters ---
+
+    async def models(self, request: Request) -> Response:
+        return _json(ModelList([_model(card) for card in self.backend.models()]))
+
+    async def model(self, request: Request) -> Response:
+        return _json(_model(self.backend.model(request.path_params["name"])))
+
+    async def load_adapter(self, request: Request) -> Response:
+        return PlainTextResponse(await self.adapters.load(await read_json(request, self.settings)))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        return PlainTextResponse(await self.adapters.unload(await read_json(request, self.settings)))
+
+    # --- operation ---
+
+    async def health(self, request: Request) -> Response:
+        health = self.backend.health()
+        return _json({"status": "ok" if health.alive else "failing", **health.detail}, 200 if health.alive else 503)
+
+    async def ready(self, request: Request) -> Response:
+        ready = self.backend.health().ready and not self.draining
+        return _json(
+            {"status": "ready" if ready else "draining" if self.draining else "starting"}, 200 if ready else 503
+        )
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(self.metrics.page(), headers={"content-type": CONTENT_TYPE})
+
+    async def version(self, request: Request) -> Response:
+        return _json({"version": serverlesslora.__version__})
+
+
+def _model(card: ModelCard) -> Model:
+    return Model(card.id, card.created, card.root, card.parent, card.max_model_len)
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    headers = {"retry-after": "1"} if status == 503 else None
+    return Response(_encode(value), status, headers, media_type="application/json")
+
+
+class Envelope:
+    """Gives every answer its request id, counts it, and turns what nobody expected into an error object."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                headers["x-request-id"] = request_id
+                if self._gateway.draining:
+                    headers["connection"] = "close"
+            await send(message)
+
+        self._gateway.in_flight += 1
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if status:
+                raise
+            await answer_for(error).response()(scope, receive, sending)
+        finally:
+            self._gateway.in_flight -= 1
+            route = scope.get("route")
+            self._gateway.metrics.responses.labels(getattr(route, "path", "none"), str(status or 499)).inc()
+
+
+def _request_id(scope: Scope) -> str:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
+            return text
+    return uuid.uuid4().hex
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return answer_for(error).response()
+
+
+def create_app(backend: Backend, settings: HttpSettings | None = None) -> Starlette:
+    """The application; `app.state.gateway` has `drain()`, `in_flight` and `metrics`."""
+    gateway = Gateway(backend, settings or HttpSettings())
+    app = Starlette(
+        routes=[
+            Route("/v1/models", gateway.models),
+            Route("/v1/models/{name:path}", gateway.model),
+            Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
+            Route("/v1/completions", gateway.complete, methods=["POST"]),
+            Route("/v1/load_lora_adapter", gateway.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", gateway.unload_adapter, methods=["POST"]),
+            Route("/health", gateway.health),
+            Route("/ready", gateway.ready),
+            Route("/metrics", gateway.metrics_page),
+            Route("/version", gateway.version),
+        ],
+        middleware=[Middleware(Envelope, gateway=gateway)],
+        exception_handlers={HTTPException: _refuse, ServerlessLoraError: _refuse, ClientDisconnect: _refuse},
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
+    return app

@@ -1,0 +1,109 @@
+"""What the HTTP layer needs from the rest of the gateway: models, generations, adapters and a few numbers.
+
+The HTTP layer knows nothing of workers, domains or backbones; the fleet knows nothing of HTTP. They meet here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from serverlesslora_ipc.messages import Delta, Finished, Prompt, PromptEcho, SamplingParams, Started
+
+Rung = Literal["hot", "adapter-ram", "adapter-disk", "worker", "backbone", "remote"]
+RUNGS: tuple[Rung, ...] = ("hot", "adapter-ram", "adapter-disk", "worker", "backbone", "remote")  # warm to cold
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """A name that `model` may take: a backbone (no parent) or a function."""
+
+    id: str
+    root: str  # where it came from; never a path of the private store
+    parent: str | None
+    created: int
+    max_model_len: int | None
+    digest: str | None = None  # of the adapter; None for a backbone
+    tenant: str | None = None
+
+
+class Cold(msgspec.Struct, frozen=True):
+    """The rung of the cold-start ladder a request met, and what each part of the climb took in seconds."""
+
+    rung: Rung = "hot"
+    parts: tuple[tuple[str, float], ...] = ()
+
+
+class GenerationRequest(msgspec.Struct, frozen=True):
+    """One prompt for one model. `request_id` is the HTTP request's, for logs; it is not unique per generation."""
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams
+    n: int = 1
+    echo: bool = False  # a PromptEcho comes before any Delta
+
+
+Event = PromptEcho | Delta | Finished
+
+
+class Generation(Protocol):
+    """A request under way. It ends with Finished or raises a ServerlessLoraError."""
+
+    @property
+    def digest(self) -> str | None:
+        """Of the adapter that answers; fixed when the request was accepted."""
+
+    @property
+    def cold(self) -> Cold:
+        """What is known by now; complete once started."""
+
+    async def started(self) -> Started:
+        """Wait until the prompt is known to be valid and its prefill is scheduled, or raise."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+
+class BackendStats(msgspec.Struct, frozen=True):
+    """A snapshot for /metrics; reading it must not wait for anything."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0  # 0..1, of the blocks of all workers
+    max_adapters: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`alive` False makes /health answer 503; `ready` False only /ready."""
+
+    alive: bool = True
+    ready: bool = True
+    detail: dict[str, Any] = {}
+
+
+class Backend(Protocol):
+    """Everything behind the HTTP layer."""
+
+    def models(self) -> list[ModelCard]: ...
+
+    def model(self, name: str) -> ModelCard:
+        """Raises ModelNotFound."""
+
+    def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
+        """Entering returns at once (or raises ModelNotFound, Overloaded, RateLimited); leaving it unfinished aborts
+        the request with a call that never waits, so that it is safe while a task is being cancelled."""
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool, tenant: str | None) -> ModelCard:
+        """Raises NotFound when nothing is at `path`, AdapterInvalid when it cannot be served."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Raises ModelNotFound."""
+
+    def stats(self) -> BackendStats: ...
+
+    def health(self) -> Health: ...

@@ -1,0 +1,143 @@
+"""What a chat request may say, and the generation it becomes. Rendering the template is the worker's business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway.backend import GenerationRequest
+from serverlesslora.gateway.limits import HttpSettings
+from serverlesslora.gateway.openai import Alternatives, GenerationBody, PositiveCount, parse_body, sampling_params
+from serverlesslora_ipc.messages import ChatPrompt
+
+
+class ContentPart(msgspec.Struct, frozen=True):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[ContentPart], Meta(min_length=1)] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(GenerationBody, frozen=True, kw_only=True):
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_tokens: PositiveCount | None = None
+    max_completion_tokens: PositiveCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# What the worker itself passes to the template.
+_OWN_KWARGS = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+def generation_of(
+    body: Mapping[str, Any], request_id: str, settings: HttpSettings
+) -> tuple[ChatBody, GenerationRequest, str]:
+    """The request, what to generate for it, and the text to echo before the answer."""
+    request = parse_body(body, ChatBody, max_n=settings.max_n)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
+    continues = bool(request.continue_final_message)
+    add_generation_prompt = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+    if continues and add_generation_prompt:
+        raise InvalidRequest(
+            "'add_generation_prompt' and 'continue_final_message' cannot both be true.", param="continue_final_message"
+        )
+    kwargs = request.chat_template_kwargs or {}
+    if own := _OWN_KWARGS.intersection(kwargs):
+        raise InvalidRequest(f"'{min(own)}' cannot be set this way.", param="chat_template_kwargs")
+    prompt = ChatPrompt(
+        messages=[_flat(message, place) for place, message in enumerate(request.messages)],
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=kwargs,
+    )
+    _check_sendable(prompt)
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    generation = GenerationRequest(
+        request_id=request_id,
+        model=request.model,
+        prompt=prompt,
+        sampling=sampling_params(
+            request,
+            max_tokens=limit,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            prompt_logprobs=request.prompt_logprobs,
+        ),
+        n=request.num_choices,
+        echo=request.prompt_logprobs is not None or bool(request.return_token_ids),
+    )
+    final = prompt.messages[-1]
+    echo = final["content"] if request.echo and final["role"] == "assistant" else ""
+    return request, generation, echo
+
+
+def _flat(message: ChatMessage, place: int) -> dict[str, Any]:
+    """The message as a template sees it: text only, `developer` as the older word `system`, arguments as objects."""
+    param = f"messages[{place}]"
+    flat: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    if isinstance(message.content, list):
+        flat["content"] = "\n".join(_text(part, param) for part in message.content)
+    elif message.content is not None:
+        flat["content"] = message.content
+    elif message.role == "assistant":
+        flat["content"] = ""
+    else:
+        raise InvalidRequest(f"A message of role '{message.role}' must have content.", param=f"{param}.content")
+    if message.name is not None:
+        flat["name"] = message.name
+    if message.tool_call_id is not None:
+        flat["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        flat["tool_calls"] = [_tool_call(call, f"{param}.tool_calls") for call in message.tool_calls]
+    return flat
+
+
+def _text(part: ContentPart, param: str) -> str:
+    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    if text is None:
+        raise InvalidRequest("Only content parts of type 'text' are supported.", param=f"{param}.content")
+    return text
+
+
+def _tool_call(call: dict[str, Any], param: str) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequest("Every tool call must have a function with a name.", param=param)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments or "{}")
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            raise InvalidRequest("The arguments of a tool call must be JSON.", param=param) from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _check_sendable(prompt: ChatPrompt) -> None:
+    """Free-form parts may hold integers that no frame can carry."""
+    if prompt.template_kwargs or any("tool_calls" in message for message in prompt.messages):
+        try:
+            msgspec.msgpack.encode(prompt)
+        except (OverflowError, RecursionError):
+            raise InvalidRequest("A number in the messages is out of range.", param="messages") from None
