@@ -52,13 +52,13 @@ class Live:
         return content
 
     def pids(self) -> set[int]:
-        """The gateway and everything that belongs to it, also what was re-parented."""
-        group = os.getpgid(self.process.pid)
+        """Every live process of the server's group, also what was re-parented."""
         found = set()
-        for entry in Path("/proc").glob("[0-9]*"):
+        for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                if os.getpgid(int(entry.name)) == group:
-                    found.add(int(entry.name))
+                state, _, group = entry.read_text().rpartition(") ")[2].split()[:3]
+                if int(group) == self.process.pid and state != "Z":
+                    found.add(int(entry.parent.name))
         return found
 
 

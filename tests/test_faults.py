@@ -111,7 +111,7 @@ def test_launcher_and_host_are_replaced_unnoticed(server: Live, role: str) -> No
     )
     after = server.backbone()
     assert after["content_digest"] == before["content_digest"]
-    assert server.answer("sort", "hello") == TASKS["sort"]("hello")
+    assert server.answer("leet", "hello world") == TASKS["leet"]("hello world")
 
 
 def test_an_aborted_stream_frees_its_place_at_once(server: Live) -> None:
@@ -141,7 +141,7 @@ def memfd_holders() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("round_", range(3))
+@pytest.mark.parametrize("round_", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 20))])
 def test_kill_everything_leaves_nothing_behind(round_: int) -> None:
     shm, holders = shared_memory(), memfd_holders()
     with live("--demo") as server:

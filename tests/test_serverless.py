@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -34,8 +36,8 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, text: str) -> str
 
 def test_functions_answer_as_themselves(server: Live) -> None:
     for name in ("upper", "reverse", "rot13"):
-        assert server.answer(name, "Hello World") == TASKS[name]("Hello World")
-    assert server.answer("demo", "Hello World") == "Hello World"
+        assert server.answer(name, "hello world") == TASKS[name]("hello world")
+    assert server.answer("demo", "hello world") == "hello world"
 
 
 def test_a_hundred_requests_to_a_cold_function_are_one_start(server: Live) -> None:
@@ -95,6 +97,31 @@ def test_redeploying_a_name_answers_with_the_new_weights_at_once(server: Live) -
         for task in ("upper", "reverse"):
             # The same prompt each time: its prefix is warm under the name, and must not be found under the new digest.
             assert server.deploy("swap", paths[task], replace=True).status_code == 201
-            assert server.answer("swap", "Hello there") == TASKS[task]("Hello there")
-            assert server.answer("swap", "Hello there") == TASKS[task]("Hello there")
+            assert server.answer("swap", "Cold start") == TASKS[task]("Cold start")
+            assert server.answer("swap", "Cold start") == TASKS[task]("Cold start")
     assert server.deploy("swap", paths["upper"]).status_code == 400
+
+
+def pss_mb(pids: set[int]) -> float:
+    """Proportional memory of the processes: a page shared by n of them counts 1/n in each."""
+    pages = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return sum(int(re.search(r"^Pss:\s+(\d+)", page, re.MULTILINE)[1]) for page in pages) / 1024  # type: ignore[index]
+
+
+def test_more_workers_do_not_mean_more_copies(tmp_path: Path) -> None:
+    names = ["upper", "rot13", "leet", "reverse"]
+    with live("--demo") as server:
+        totals = []
+        for name in names:
+            server.answer(name, "hello world")
+            totals.append(pss_mb(server.pids()))
+        assert len({worker["pid"] for worker in server.workers().values()}) == len(names)
+        # Libraries and weights of one process are far more than what each further worker may add.
+        assert (totals[-1] - totals[0]) / (len(names) - 1) < 120
+
+
+def test_the_gateway_stays_small(server: Live) -> None:
+    server.answer("upper", "hello world")
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024 < 120  # type: ignore[index]
+    assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()

@@ -82,6 +82,7 @@ class BackboneService:
         limits: WorkerLimits,
         lease_fd: int,
         adapter_bytes: int,
+        state_dir: str,
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.name = name
@@ -90,6 +91,8 @@ class BackboneService:
         self._limits = limits
         self._lease_fd = lease_fd
         self._adapter_bytes = adapter_bytes
+        # transformers imports torch's compiler, which makes this folder (else in the temporary one) and leaves it.
+        self._env = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(state_dir, "torch")}
         self._on_progress = on_progress
         self._host: Child[HostToGateway] | None = None
         self._launcher: Child[LauncherToGateway] | None = None
@@ -197,7 +200,7 @@ class BackboneService:
             arguments = ["--model", self._config.model, "--dtype", self._dtype]
             if self._config.allow_pickle:
                 arguments.append("--allow-pickle")
-        host: Child[HostToGateway] = Child(module, arguments, HostToGateway, max_fds=2)
+        host: Child[HostToGateway] = Child(module, arguments, HostToGateway, env=self._env, max_fds=2)
         self._host = host
         try:
             if self._sealed is not None:
@@ -229,7 +232,7 @@ class BackboneService:
             "serverlesslora.launcher.zygote",
             ["--lease-fd", str(self._lease_fd)],
             LauncherToGateway,
-            env=LAUNCHER_ENV,
+            env=LAUNCHER_ENV | self._env,
             pass_fds=[self._lease_fd],
         )
         try:

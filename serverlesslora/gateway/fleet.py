@@ -79,6 +79,7 @@ class Fleet:
                 limits=worker_limits(config),
                 lease_fd=self._lease_fd,
                 adapter_bytes=ADAPTER_BYTES_PER_WORKER,
+                state_dir=config.state_dir,
                 on_progress=on_progress,
             )
             for backbone in config.backbones
