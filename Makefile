@@ -31,6 +31,7 @@ check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

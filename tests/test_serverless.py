@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,10 +101,15 @@ def test_redeploying_a_name_answers_with_the_new_weights_at_once(server: Live) -
     assert server.deploy("swap", paths["upper"]).status_code == 400
 
 
+def field_mb(path: str, name: str) -> float:
+    """A field of a /proc file that counts kilobytes."""
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
+
+
 def pss_mb(pids: set[int]) -> float:
     """Proportional memory of the processes: a page shared by n of them counts 1/n in each."""
-    pages = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-    return sum(int(re.search(r"^Pss:\s+(\d+)", page, re.MULTILINE)[1]) for page in pages) / 1024  # type: ignore[index]
+    return sum(field_mb(f"/proc/{pid}/smaps_rollup", "Pss") for pid in pids)
 
 
 def test_more_workers_do_not_mean_more_copies(tmp_path: Path) -> None:
@@ -122,6 +126,5 @@ def test_more_workers_do_not_mean_more_copies(tmp_path: Path) -> None:
 
 def test_the_gateway_stays_small(server: Live) -> None:
     server.answer("upper", "hello world")
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    assert int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024 < 120  # type: ignore[index]
+    assert field_mb(f"/proc/{server.process.pid}/status", "VmRSS") < 120
     assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()

@@ -1,0 +1,87 @@
+"""Foreign clients against the real server: what they parse, stream and raise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from serverlesslora.demo import TASKS, adapter_paths
+from tests.live import live
+
+TEXT = "hello world"
+EXPECTED = TASKS["reverse"](TEXT)
+MESSAGES: list[Any] = [{"role": "user", "content": TEXT}]
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with live("--demo") as server:
+        # A function that may have no request open is always busy.
+        assert server.deploy("busy", adapter_paths()["upper"], max_concurrency=0).status_code == 201
+        yield f"{server.url}/v1"
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=base_url, api_key="x", max_retries=0) as made:
+        yield made
+
+
+def test_openai_lists_answers_and_streams(client: openai.OpenAI) -> None:
+    assert {"demo", "reverse"} <= {model.id for model in client.models.list()}
+    answer = client.chat.completions.create(model="reverse", messages=MESSAGES, temperature=0)
+    assert answer.choices[0].message.content == EXPECTED
+    chunks = list(
+        client.chat.completions.create(
+            model="reverse", messages=MESSAGES, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == EXPECTED
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"model": "nope"}, openai.NotFoundError),
+        ({"model": "demo", "temperature": 9}, openai.BadRequestError),
+        ({"model": "busy"}, openai.RateLimitError),
+    ],
+)
+def test_openai_errors(client: openai.OpenAI, request_: dict[str, Any], error: type[openai.APIStatusError]) -> None:
+    with pytest.raises(error) as raised:
+        client.chat.completions.create(messages=MESSAGES, **request_)
+    assert isinstance(raised.value.body, dict)
+    assert set(raised.value.body) == {"message", "type", "param", "code"}
+    if error is openai.RateLimitError:
+        assert 1 <= int(raised.value.response.headers["retry-after"]) <= 60
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellm(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm")
+    options: dict[str, Any] = {"api_base": base_url, "api_key": "x", "messages": MESSAGES, "temperature": 0}
+    answer = litellm.completion(model="openai/reverse", **options)
+    assert answer.choices[0].message.content == EXPECTED
+    assert answer.usage.total_tokens > 0
+    pieces = list(litellm.completion(model="hosted_vllm/reverse", stream=True, **options))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == EXPECTED
+    with pytest.raises(litellm.NotFoundError):
+        litellm.completion(model="openai/nope", **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_langchain(base_url: str) -> None:
+    chat = pytest.importorskip("langchain_openai").ChatOpenAI(
+        model="reverse", base_url=base_url, api_key="x", temperature=0
+    )
+    assert chat.invoke(TEXT).content == EXPECTED
+    assert "".join(piece.content for piece in chat.stream(TEXT)) == EXPECTED
