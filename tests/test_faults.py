@@ -166,7 +166,7 @@ def test_sigterm_lets_running_streams_finish_and_exits_zero() -> None:
 
         async def finish() -> str:
             async with client() as http:
-                pieces = []
+                pieces: list[str] = []
                 async for piece in stream(http, server.url, "upper"):
                     if not pieces:
                         server.process.terminate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -61,6 +62,7 @@ class PlayedService:
         self.workers: list[PlayedWorker] = []
         self.forked = asyncio.Event()
         self.is_ready = True
+        self.killed: list[str] = []
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         while not self.is_ready:
@@ -71,7 +73,14 @@ class PlayedService:
         self.workers.append(PlayedWorker(theirs))
         self.forked.set()
         channel: AsyncChannel[WorkerToGateway] = AsyncChannel(ours, WorkerToGateway)
-        return WorkerLink(f"w{len(self.workers)}", domain, channel, adapter_bytes=2 * LOADED_BYTES)
+        worker_id = f"w{len(self.workers)}"
+        return WorkerLink(
+            worker_id,
+            domain,
+            channel,
+            adapter_bytes=2 * LOADED_BYTES,
+            end_process=lambda: self.killed.append(worker_id),
+        )
 
 
 def play(scene: Callable[[Workers, Any], Coroutine[Any, Any, None]], **settings: float) -> None:
@@ -82,9 +91,9 @@ def play(scene: Callable[[Workers, Any], Coroutine[Any, Any, None]], **settings:
             async with asyncio.timeout(10):
                 await scene(workers, service)
         finally:
-            await workers.shutdown()
             for worker in service.workers:
                 worker.channel.close()
+            await workers.shutdown()
 
     asyncio.run(run())
 
@@ -138,6 +147,90 @@ def test_a_start_that_takes_too_long_is_unavailable_with_a_time_to_retry() -> No
         assert 1 <= error.value.retry_after_s <= 60
 
     play(scene, cold_timeout_s=0.05)
+
+
+def test_a_start_that_is_late_is_not_taken_for_ready() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await service.forked.wait()
+        link = workers.find("d")
+        assert link is not None
+        link.started_at = time.monotonic() + 60  # as if the backbone had taken all the time there was
+        with pytest.raises(Unavailable):
+            await caller
+        # The worker had hardly begun: the next caller waits for it instead of getting it unready or starting another.
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not caller.done()
+        await ready(service)
+        assert (await caller).link.state is WorkerState.SERVING
+        assert len(service.workers) == 1
+
+    play(scene, cold_timeout_s=0.05)
+
+
+def test_a_worker_stuck_in_its_start_is_killed_and_replaced() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        with pytest.raises(Unavailable):
+            await workers.place("d", service)
+        assert service.killed == ["w1"]
+        assert workers.find("d") is None
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await until(lambda: len(service.workers) == 2)
+        await ready(service, 2)
+        assert (await caller).link.worker_id == "w2"
+
+    play(scene, cold_timeout_s=0.05)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_worker_for_one_job_does_not_stay_when_nobody_waits_for_it(leaves: bool) -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.start_alone("d", service))
+        await service.forked.wait()
+        if leaves:
+            caller.cancel()
+        with pytest.raises(asyncio.CancelledError if leaves else Unavailable):
+            await caller
+        await until(lambda: not list(workers))
+        assert service.killed == ["w1"]
+
+    play(scene, cold_timeout_s=5.0 if leaves else 0.05)
+
+
+def test_a_worker_that_does_not_leave_is_killed() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        await ready(service)
+        link = (await caller).link
+        workers.retire(link)
+        await until(lambda: link.state is WorkerState.GONE)
+        assert service.killed == ["w1"]
+
+    play(scene, leave_timeout_s=0.01)
+
+
+def test_shutdown_leaves_no_worker_behind() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        links = []
+        for count, domain in enumerate(("leaves", "stuck", "busy"), 1):
+            caller = asyncio.ensure_future(workers.place(domain, service))
+            await until(lambda count=count: len(service.workers) == count)  # type: ignore[misc]
+            await ready(service, count)
+            links.append((await caller).link)
+        cut = Stream()
+        links[2].submit(generate(), cut)
+        stopping = asyncio.ensure_future(workers.shutdown())
+        await service.workers[0].hears(Shutdown)
+        service.workers[0].channel.close()
+        await stopping
+        assert sorted(service.killed) == ["w2", "w3"]
+        assert all(link.state is WorkerState.GONE for link in links)
+        with pytest.raises(WorkerLost):
+            await cut.next()
+
+    play(scene, leave_timeout_s=0.05)
 
 
 def test_a_worker_that_dies_before_it_is_ready() -> None:
@@ -249,6 +342,22 @@ def test_adapters_load_once_and_the_least_recently_used_leave() -> None:
         await load("c")
         assert (await played.hears(UnloadAdapter)).digest == "b"
         assert link.adapters == ("a", "c")
+
+    play(scene)
+
+
+def test_an_unload_does_not_forget_who_waits_for_the_load() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        loading = link.load("a", "/p")
+        link.unload("a")
+        await played.hears(LoadAdapter)
+        played.says(Loaded("a", 0.1, LOADED_BYTES))
+        assert (await loading).digest == "a"
+        assert (await played.hears(UnloadAdapter)).digest == "a"
+        assert link.adapters == ()
 
     play(scene)
 
