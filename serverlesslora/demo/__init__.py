@@ -4,6 +4,7 @@ The backbone repeats the text it is given; every adapter applies one function to
 answers that tests and examples compare with. `scripts/train_demo.py` writes the files.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ _TO_UPPER: Final = str.maketrans(_LOWER, _UPPER)
 _SWAP: Final = str.maketrans(_LOWER + _UPPER, _UPPER + _LOWER)
 _ROT13: Final = str.maketrans(_LOWER + _UPPER, _LOWER[13:] + _LOWER[:13] + _UPPER[13:] + _UPPER[:13])
 _LEET: Final = str.maketrans("aeiostAEIOST", "431057431057")
+_MASK: Final = str.maketrans(dict.fromkeys("aeiouAEIOU", "*"))
 
 # Only ASCII letters change: a byte-level model sees "ü" as two bytes, which the letter functions leave as they are.
 TASKS: Final[Mapping[str, Callable[[str], str]]] = MappingProxyType(
@@ -28,10 +30,14 @@ TASKS: Final[Mapping[str, Callable[[str], str]]] = MappingProxyType(
         "rot13": lambda text: text.translate(_ROT13),
         "leet": lambda text: text.translate(_LEET),
         "reverse": lambda text: text[::-1],
-        "sort": lambda text: "".join(sorted(text)),
+        "mask": lambda text: text.translate(_MASK),
     }
 )
 ADAPTER_NAMES: Final = tuple(name for name in TASKS if name != BASE)
+
+# Texts for examples and tests; every task is right on the first, the backbone repeats the second.
+EXAMPLE_TEXTS: Final = ("hello world", "Cold start", "GPU 42", "LoRA", "serverless", "Ok!", "a", "Tea & Milk", "x=3*y")
+UNICODE_TEXTS: Final = ("こんにちは世界", "🚀🎉", "Привет", "LoRA 🚀 42", "Hello 世界", "한국어", "👩‍🚀", "αβγ")
 
 
 def backbone_path() -> Path:
@@ -50,3 +56,8 @@ def completion_prompt(text: str) -> str:
     The tokenizer puts the begin-of-sequence token in front, as the chat template does by itself.
     """
     return text + "\n"
+
+
+def is_held_out(text: str) -> bool:
+    """Whether training never showed this text: one in sixteen, decided by a hash so that all runs and tests agree."""
+    return zlib.crc32(text.encode()) % 16 == 0
