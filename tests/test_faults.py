@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -123,6 +125,38 @@ def test_an_aborted_stream_frees_its_place_at_once(server: Live) -> None:
     asyncio.run(leave_early())
     wait_until(lambda: server.workers()["function:upper"]["open_requests"] == 0, 2)
     wait_until(lambda: server.workers()["function:upper"]["stats"]["running"] == 0, 2)
+
+
+def test_a_worker_that_hangs_is_killed_and_frees_the_others() -> None:
+    with live("--demo", "--stall-timeout", "3") as server:
+        server.answer("upper", "a")
+        server.answer("reverse", "ab")
+
+        async def hang() -> str:
+            async with client() as http:
+                count = 0
+                try:
+                    async for _ in stream(http, server.url, "upper", tokens=1500):
+                        count += 1
+                        if count == 5:
+                            os.kill(server.workers()["function:upper"]["pid"], signal.SIGSTOP)
+                except Broken as error:
+                    return str(error)
+                return "finished"
+
+        assert asyncio.run(hang()) == "worker_lost"
+        assert server.answer("reverse", "hello world") == TASKS["reverse"]("hello world")
+        assert server.answer("upper", "hello world") == TASKS["upper"]("hello world")
+
+
+def test_a_signal_during_start_up_is_a_clean_exit() -> None:
+    command = [sys.executable, "-m", "serverlesslora", "serve", "--port", "0", "--admin-port", "-1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        wait_until(lambda: len(Live("", "", process, Path()).pids()) >= 3, 30)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, output
+    assert b"Traceback" not in output
 
 
 def shared_memory() -> set[str]:

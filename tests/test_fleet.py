@@ -20,11 +20,13 @@ from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.backend import GenerationRequest
 from serverlesslora.gateway.fleet import INSPECTIONS_AT_ONCE, Fleet, worker_limits
 from serverlesslora.gateway.store import CONFIG, WEIGHTS
-from serverlesslora_ipc.channel import AsyncChannel
+from serverlesslora.gateway.worker_state import WorkerState
+from serverlesslora_ipc.channel import AsyncChannel, Channel
 from serverlesslora_ipc.messages import (
     BackboneFailed,
     Finished,
     Forked,
+    GatewayToWorker,
     Generate,
     HostToGateway,
     LauncherFailed,
@@ -283,7 +285,7 @@ def play_backbone(
             limits=worker_limits(config),
             lease_fd=-1,
             adapter_bytes=1,
-            state_dir=tmp_path,
+            state_dir=str(tmp_path),
         )
         service.startup()
         try:
@@ -360,3 +362,40 @@ def test_a_stuck_worker_is_killed_by_the_pid_its_launcher_knows(
         assert killed == [1234]
 
     play_backbone(tmp_path, monkeypatch, scene)
+
+
+def test_a_launcher_that_cannot_be_asked_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(service: BackboneService, children: list[PlayedChild]) -> None:
+        await bring_up(service, children)
+
+        def no_descriptor(fd: int) -> int:
+            raise OSError("too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "dup", no_descriptor)
+            with pytest.raises(Unavailable):
+                service.fork("d")
+        link = service.fork("d")
+        assert link.state is WorkerState.STARTING
+        link.kill()
+
+    play_backbone(tmp_path, monkeypatch, scene)
+
+
+def test_a_worker_that_cannot_read_what_it_is_told_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serverlesslora.worker.main import Worker
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    ours, theirs = socket.socketpair()
+    channel: Channel[Any] = Channel(theirs, GatewayToWorker)
+    ours.sendall(b"\x01\x00\x00\x00\x00\xc1")
+    with pytest.raises(Ended, match="1"):
+        Worker(channel, None, None, None)._read()  # type: ignore[arg-type]
+    channel.close()
+    ours.close()

@@ -98,6 +98,13 @@ def test_roots_confine(tmp_path: Path) -> None:
             store.add(str(path))
 
 
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "/" + "x" * 5000, "loop", "a\0b"])
+def test_odd_paths_are_not_found(store: AdapterStore, tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((NotFound, AdapterInvalid)):
+        store.add(str(tmp_path / path) if path == "loop" else path)
+
+
 def test_sweep_drops_half_copies(store: AdapterStore) -> None:
     (store.directory / ".incoming-x").mkdir()
     store.sweep()

@@ -79,6 +79,7 @@ def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork) -> in
 class Nothing:
     context_length = 1
     vocab_size = 1
+    kv_bytes_per_token = 0
 
 
 def prepare_nothing(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:

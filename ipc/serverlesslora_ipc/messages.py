@@ -264,6 +264,7 @@ class Prepared(Message, frozen=True):
     seconds: float
     context_length: int
     vocab_size: int
+    kv_bytes_per_token: int = 0
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -43,9 +43,11 @@ def set_oom_score(adjustment: int) -> bool:
     return True
 
 
-def ignore_interrupt() -> None:
-    """Ctrl-C reaches the whole terminal group; only the gateway should act on it, the others follow their channel."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_gateway() -> None:
+    """Ctrl-C and a service manager's SIGTERM reach the whole group, but requests still run while the gateway drains:
+    it alone acts on them, the others follow their channel."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def close_other_fds(keep: Iterable[int]) -> None:

@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             options[name] = arguments.pop(0)
     process.die_with_parent()
-    process.ignore_interrupt()
+    process.leave_signals_to_the_gateway()
     process.set_name("slora-backbone")
     process.set_oom_score(-500)
     channel: Channel[GatewayToHost] = Channel.inherited(int(options["--fd"]), GatewayToHost)

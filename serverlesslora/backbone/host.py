@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-pickle", action="store_true")
     options = parser.parse_args(argv)
     process.die_with_parent()
-    process.ignore_interrupt()
+    process.leave_signals_to_the_gateway()
     process.set_name("slora-backbone")
     channel: Channel[GatewayToHost] = Channel.inherited(options.fd, GatewayToHost)
     process.exit_on_hangup(options.fd)

@@ -32,6 +32,8 @@ class PagedAttention:
         self._plan: AttentionPlan | None = None
         self._calls = 0
         self._num_layers = _require_supported(model)
+        self._model = model
+        self._before = model.config.get_text_config()._attn_implementation
         AttentionInterface.register(NAME, attend)
         for module in model.modules():
             setattr(module, _OWNER, self)
@@ -40,6 +42,12 @@ class PagedAttention:
             raise ConfigError(
                 f"{type(model).__name__} cannot be served: it does not use transformers' attention interface"
             )
+
+    def close(self) -> None:
+        """Give the model back the attention it had."""
+        for module in self._model.modules():
+            delattr(module, _OWNER)
+        self._model.set_attn_implementation(self._before)
 
     @property
     def size_bytes(self) -> int:

@@ -47,6 +47,7 @@ class Runner:
     def close(self) -> None:
         """Leave the model to another runner."""
         self._hook.remove()
+        self.attention.close()
 
     @torch.inference_mode()
     def run(self, work: list[Work], adapters: Mapping[str, Adapter]) -> StepOutput:

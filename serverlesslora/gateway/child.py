@@ -16,7 +16,7 @@ from serverlesslora_ipc.messages import Message
 
 Received = TypeVar("Received", bound=Message)
 
-TERM_DEADLINE_S = 3.0
+LEAVE_DEADLINE_S = 3.0
 
 
 class Child(Generic[Received]):
@@ -50,12 +50,11 @@ class Child(Generic[Received]):
         return self._process.pid
 
     async def stop(self) -> int:
-        """Closing the channel asks it to leave; TERM and KILL follow. Returns its exit status and reaps it."""
+        """Closing the channel asks it to leave; after a while it is killed. Returns its exit status and reaps it."""
         self.channel.close()
-        for stronger in (self._process.terminate, self._process.kill):
-            with contextlib.suppress(TimeoutError):
-                return await self._wait(TERM_DEADLINE_S)
-            stronger()
+        with contextlib.suppress(TimeoutError):
+            return await self._wait(LEAVE_DEADLINE_S)
+        self._process.kill()
         return await self._wait(None)
 
     async def _wait(self, timeout_s: float | None) -> int:

@@ -7,20 +7,29 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from serverlesslora.config import FunctionConfig, ServerConfig
-from serverlesslora.errors import ConfigError, InvalidRequest, ModelNotFound, RateLimited, ServerlessLoraError
-from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus
+from serverlesslora.errors import (
+    ConfigError,
+    InvalidRequest,
+    ModelNotFound,
+    RateLimited,
+    ServerlessLoraError,
+    Unavailable,
+)
+from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus, num_cores
 from serverlesslora.gateway.backend import BackendStats, GenerationRequest, Health, ModelCard
 from serverlesslora.gateway.generation import FleetGeneration
 from serverlesslora.gateway.registry import Backbone, Function, Registry, Target, domain_of
 from serverlesslora.gateway.store import AdapterStore, StoredAdapter
+from serverlesslora.gateway.worker_link import WorkerLink
 from serverlesslora.gateway.workers import Placed, Workers, retired_after
 from serverlesslora.worker.lease import create_lease_fd
 from serverlesslora_ipc.messages import Loaded, Progress, Stats, WorkerLimits
@@ -28,6 +37,7 @@ from serverlesslora_ipc.messages import Loaded, Progress, Stats, WorkerLimits
 log = logging.getLogger("serverlesslora.fleet")
 
 ADAPTER_BYTES_PER_WORKER = 4 << 30
+INSPECTIONS_AT_ONCE = 4  # each is a worker; a server may start with a thousand functions to look at
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -53,7 +63,7 @@ class FleetStatus(msgspec.Struct, frozen=True):
 
 def worker_limits(config: ServerConfig) -> WorkerLimits:
     return WorkerLimits(
-        threads=config.threads or len(os.sched_getaffinity(0)),
+        threads=config.threads or num_cores(),
         kv_bytes=config.kv_memory_mb << 20,
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,
@@ -95,10 +105,15 @@ class Fleet:
             max_bytes=config.max_adapter_mb << 20,
             roots=[Path(root) for root in config.adapter_roots],
         )
-        self._workers = Workers(idle_timeout_s=config.idle_timeout_s, cold_timeout_s=config.cold_timeout_s)
+        self._workers = Workers(
+            idle_timeout_s=config.idle_timeout_s,
+            cold_timeout_s=config.cold_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
         self._open_by_domain: Counter[str] = Counter()
         self._open_by_function: Counter[str] = Counter()
-        self._deploying: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._deploying: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held by who deploys
+        self._inspecting = asyncio.Semaphore(INSPECTIONS_AT_ONCE)
         self._inspected: dict[tuple[str, str], Loaded] = {}  # (backbone, digest): a verdict never changes
         self._is_started = False
         self._main: asyncio.Task[None] | None = None
@@ -201,7 +216,8 @@ class Fleet:
         Raises NotFound, AdapterInvalid, InvalidRequest (the name is taken) or Unavailable; the name is unchanged then.
         """
         backbone = self.registry.backbone(function.backbone)
-        async with self._deploying[function.name]:
+        lock = self._deploying.setdefault(function.name, asyncio.Lock())
+        async with lock:
             self.registry.check_name(function.name)
             if self.registry.function(function.name) is not None and not replace:
                 raise InvalidRequest(
@@ -235,11 +251,22 @@ class Fleet:
         key = (backbone, stored.digest)
         if key not in self._inspected:
             service = self._services[backbone]
-            await service.wait_ready(self._config.cold_timeout_s)
-            link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
-            with retired_after(self._workers, link):
-                self._inspected[key] = await link.load(stored.digest, str(stored.path))
+            async with self._inspecting:
+                await service.wait_ready(self._config.cold_timeout_s)
+                link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
+                with retired_after(self._workers, link):
+                    self._inspected[key] = await self._load_in_time(link, stored)
         return self._inspected[key]
+
+    async def _load_in_time(self, link: WorkerLink, stored: StoredAdapter) -> Loaded:
+        """A file may take for ever to load; it must not keep its place, and its name locked, for as long."""
+        try:
+            async with asyncio.timeout(self._config.cold_timeout_s):
+                return await asyncio.shield(link.load(stored.digest, str(stored.path)))
+        except TimeoutError:
+            raise Unavailable(
+                f"the adapter did not load within {self._config.cold_timeout_s:g} s", retry_after_s=30
+            ) from None
 
     async def unload_adapter(self, name: str) -> None:
         removed = self.registry.remove(name)
@@ -309,7 +336,8 @@ class Fleet:
             "functions": sum(1 for _ in self.registry.functions()),
             "workers": sum(1 for _ in self._workers),
         }
-        return Health(alive=not failed, ready=self._is_started and not failed, detail=detail)
+        # A launcher that restarts keeps new domains waiting; restarting the whole server would help nobody.
+        return Health(alive=self._is_started, ready=self._is_started and not failed, detail=detail)
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

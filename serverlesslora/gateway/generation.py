@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class FleetGeneration:
     async def started(self) -> Started:
         if self._started is None:
             try:
-                self._started = await self._run(may_retry=True)
+                self._started = await self._run()
             except ServerlessLoraError:
                 self._is_over = True
                 raise
@@ -68,7 +69,15 @@ class FleetGeneration:
             self._link.abort(self._id)
         self._is_over = True
 
-    async def _run(self, *, may_retry: bool) -> Started:
+    async def _run(self) -> Started:
+        try:
+            return await self._attempt()
+        except ServerlessLoraError as error:
+            if not is_retryable(error, started=self._stream.has_started):
+                raise
+        return await self._attempt()
+
+    async def _attempt(self) -> Started:
         placed = await self._fleet.place(self._target)
         link = placed.link
         loading = None
@@ -94,12 +103,10 @@ class FleetGeneration:
         )
         try:
             if loading is not None:
-                loaded = await loading
+                loaded = await asyncio.shield(loading)  # others wait for the same load
             started = await self._stream.next()
-        except ServerlessLoraError as error:
+        except ServerlessLoraError:
             link.abort(self._id)
-            if may_retry and is_retryable(error, started=self._stream.has_started):
-                return await self._run(may_retry=False)
             raise
         assert isinstance(started, Started)
         parts = [("backbone", placed.backbone_s if rung == "backbone" else 0.0), ("worker", placed.worker_s)]

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -23,6 +23,7 @@ from serverlesslora.gateway.limits import HttpSettings
 log = logging.getLogger("serverlesslora.server")
 
 HEADER_TIMEOUT_S = 10.0
+LAST_BYTES_S = 2.0
 
 
 class HttpListener(uvicorn.Server):
@@ -59,8 +60,10 @@ class HttpListener(uvicorn.Server):
 
     async def shutdown_here(self) -> None:
         self.should_exit = True
-        self.force_exit = True
         if self._serving is not None:
+            # The last bytes of an answer may still be on their way to a slow reader.
+            await asyncio.wait([self._serving], timeout=LAST_BYTES_S)
+            self.force_exit = True
             await asyncio.gather(self._serving, return_exceptions=True)
 
 
@@ -92,12 +95,6 @@ class Server:
 
     async def run(self, on_ready: Callable[[Server], None]) -> None:
         """Serve until a signal. Raises ConfigError when a backbone or configured function cannot be served."""
-        async with self._running():
-            on_ready(self)
-            await self._stop.wait()
-
-    @contextlib.asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -106,20 +103,29 @@ class Server:
             # Listening first: /health says "loading" instead of refusing the connection.
             for listener in listeners:
                 await listener.startup_here()
-            starting = asyncio.ensure_future(self._fleet.startup())
-            stopping = asyncio.ensure_future(self._stop.wait())
-            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if starting.done():
-                starting.result()
-                yield
-            else:
-                starting.cancel()
-            await self._drain()
+            if await self._started():
+                on_ready(self)
+                await self._stop.wait()
+                await self._drain()
         finally:
             for listener in listeners:
                 await listener.shutdown_here()
             await self._fleet.shutdown()
+
+    async def _started(self) -> bool:
+        """False when a signal came before everything was ready."""
+        starting = asyncio.ensure_future(self._fleet.startup())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return False
+            starting.result()
+            return True
+        finally:
+            starting.cancel()
+            stopping.cancel()
+            await asyncio.gather(starting, stopping, return_exceptions=True)
 
     async def _drain(self) -> None:
         """Let what runs finish; the second signal ends the wait."""

@@ -89,15 +89,21 @@ class AdapterStore:
     def _confined(self, source: str) -> Path:
         if "\0" in source:
             raise AdapterInvalid("the adapter path contains a NUL byte", param="lora_path")
-        path = Path(source).expanduser().resolve()
-        inside = not self.roots or any(path.is_relative_to(root) for root in self.roots)
-        if not inside or not path.is_dir():
+        try:
+            path = Path(source).expanduser().resolve()
+            found = path.is_dir()
+        except (OSError, RuntimeError):  # too long, a loop of links, nobody's home
+            found = False
+        if not found or (self.roots and not any(path.is_relative_to(root) for root in self.roots)):
             # One answer for "outside" and "absent": the difference would let a caller map the file system.
             raise NotFound(f"no adapter directory at {source!r}", param="lora_path")
         return path
 
     def _copy(self, directory: Path, incoming: Path) -> tuple[str, int]:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise AdapterInvalid(f"the adapter directory cannot be read: {error.strerror}") from error
         try:
             names = set(os.listdir(fd))
             if CONFIG not in names:

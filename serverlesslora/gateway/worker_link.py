@@ -80,7 +80,13 @@ class Stream:
 
 class WorkerLink:
     def __init__(
-        self, worker_id: str, domain: str, channel: AsyncChannel[WorkerToGateway], *, adapter_bytes: int
+        self,
+        worker_id: str,
+        domain: str,
+        channel: AsyncChannel[WorkerToGateway],
+        *,
+        adapter_bytes: int,
+        end_process: Callable[[], None] = lambda: None,
     ) -> None:
         self.worker_id = worker_id
         self.domain = domain
@@ -88,11 +94,13 @@ class WorkerLink:
         self.pid: int | None = None
         self.started_at = time.monotonic()
         self.last_used = self.started_at
+        self.heard_at = self.started_at  # the worker's last sign of life
         self.stats: Stats | None = None
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         # Nobody may be waiting any more when it fails.
         self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
         self._adapter_bytes = adapter_bytes
+        self._end_process = end_process
         self._channel = channel
         self._streams: dict[str, tuple[Stream, str | None]] = {}
         self._adapters: OrderedDict[str, asyncio.Future[Loaded]] = OrderedDict()  # least recently used first
@@ -116,7 +124,10 @@ class WorkerLink:
         return tuple(self._adapters)
 
     def load(self, digest: str, path: str) -> asyncio.Future[Loaded]:
-        """Start loading unless it is loaded or under way; the result is shared. Raises AdapterInvalid through it."""
+        """Start loading unless it is loaded or under way. Raises AdapterInvalid through the result.
+
+        The result is shared: await it shielded, or one caller that leaves cancels it for all.
+        """
         if digest not in self._adapters:
             future: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())
@@ -127,12 +138,19 @@ class WorkerLink:
 
     def unload(self, digest: str) -> None:
         """The worker itself waits for requests that still run on the adapter."""
-        if self._adapters.pop(digest, None) is not None:
+        loading = self._adapters.get(digest)
+        if loading is not None and not loading.done():
+            # Somebody waits for it, and would wait for ever if its answer found nobody to give it to.
+            loading.add_done_callback(lambda _: self.unload(digest))
+        elif loading is not None:
+            del self._adapters[digest]
             self._send(UnloadAdapter(digest=digest))
 
     def submit(self, request: Generate, stream: Stream) -> None:
-        self._streams[request.request_id] = (stream, request.adapter)
         self.last_used = time.monotonic()
+        if not self._streams:  # silence of an idle worker means nothing
+            self.heard_at = self.last_used
+        self._streams[request.request_id] = (stream, request.adapter)
         self._send(request)
 
     def abort(self, request_id: str) -> None:
@@ -146,12 +164,19 @@ class WorkerLink:
         self._advance(WorkerEvent.RETIRE)
         self._send(Shutdown())
 
+    def kill(self) -> None:
+        """End it without asking: it is stuck, or nobody will wait for it. Its requests fail."""
+        if self.state is not WorkerState.GONE:  # it holds the other end of the channel, so its pid is still its own
+            self._end_process()
+            self._channel.close()
+
     # --- what the worker says
 
     async def main_loop(self, on_gone: Callable[[WorkerLink], None]) -> None:
         """Deliver messages until the worker is gone, then fail what it left behind."""
         try:
             async for frame in self._channel:
+                self.heard_at = time.monotonic()
                 for message in frame.messages:
                     self._deliver(message)
         finally:
@@ -185,6 +210,7 @@ class WorkerLink:
             case Ready():
                 self._advance(WorkerEvent.READY)
                 self.pid = message.pid
+                self.last_used = time.monotonic()  # its first request is on the way; starting was not idleness
                 if not self.ready.done():
                     self.ready.set_result(message)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from serverlesslora.errors import ServerlessLoraError, Unavailable, WorkerLost
 from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.worker_link import WorkerLink
+from serverlesslora.gateway.worker_state import WorkerState
 
 log = logging.getLogger("serverlesslora.workers")
 
@@ -32,10 +33,14 @@ class Workers:
         *,
         idle_timeout_s: float,
         cold_timeout_s: float,
+        leave_timeout_s: float = 5.0,
+        stall_timeout_s: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._idle_timeout_s = idle_timeout_s
         self._cold_timeout_s = cold_timeout_s
+        self._leave_timeout_s = leave_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._clock = clock
         self._by_domain: dict[str, WorkerLink] = {}
         self._all: dict[str, WorkerLink] = {}  # also those that are leaving
@@ -54,7 +59,7 @@ class Workers:
 
         Raises Unavailable when none is ready within the cold timeout, WorkerLost when it died on the way.
         """
-        if (link := self.find(domain)) and link.ready.done():
+        if (link := self.find(domain)) and link.state is WorkerState.SERVING:
             return Placed(link, 0.0, 0.0)
         task = self._starting.get(domain)
         if task is None:
@@ -65,11 +70,17 @@ class Workers:
         return await asyncio.shield(task)
 
     async def start_alone(self, domain: str, service: BackboneService) -> WorkerLink:
-        """A worker outside the table, for one job its caller will retire it after."""
-        async with asyncio.timeout(self._cold_timeout_s):
-            link = service.fork(domain)
-            self._adopt(link)
-            await link.ready
+        """A worker outside the table, for one job its caller will retire it after. Raises as `place` does."""
+        link = service.fork(domain)
+        self._adopt(link)
+        try:
+            async with asyncio.timeout(self._cold_timeout_s):
+                await asyncio.shield(link.ready)
+        except TimeoutError:
+            raise self._late() from None
+        finally:
+            if not link.ready.done():  # nobody else knows of it
+                link.kill()
         return link
 
     def retire(self, link: WorkerLink) -> None:
@@ -77,31 +88,56 @@ class Workers:
         if self._by_domain.get(link.domain) is link:
             del self._by_domain[link.domain]
         link.retire()
+        asyncio.get_running_loop().call_later(self._leave_timeout_s, link.kill)
 
     def retire_idle(self) -> list[str]:
         """Stop every worker that has been idle for longer than the timeout; returns their domains."""
         limit = self._clock() - self._idle_timeout_s
-        idle = [link for link in self._by_domain.values() if not link.num_open and link.last_used <= limit]
-        for link in idle:
+        idle = [
+            link
+            for link in self._by_domain.values()
             # A starting worker is somebody's: its requests arrive right after it is ready.
-            if link.ready.done() and link.is_usable:
-                self.retire(link)
+            if link.state is WorkerState.SERVING and not link.num_open and link.last_used <= limit
+        ]
+        for link in idle:
+            self.retire(link)
         return [link.domain for link in idle]
+
+    def kill_stalled(self) -> str | None:
+        """End the worker that has been silent for longest, if for too long; returns its domain.
+
+        One at a time: a worker that hangs inside its turn silences all others of the device, and they go on once it
+        is gone.
+        """
+        working = [link for link in self._all.values() if link.num_open]
+        link = min(working, key=lambda worker: worker.heard_at, default=None)
+        if link is None or self._clock() - link.heard_at < self._stall_timeout_s:
+            return None
+        link.kill()
+        for other in working:
+            other.heard_at = self._clock()
+        return link.domain
 
     async def main_loop(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self._idle_timeout_s / 4))
             for domain in self.retire_idle():
                 log.info("stopped the idle worker of %s", domain)
+            if stalled := self.kill_stalled():
+                log.error("killed the worker of %s: it had requests and said nothing", stalled)
 
     async def shutdown(self) -> None:
         for task in list(self._starting.values()):
             task.cancel()
         for link in self:
-            if link.is_usable and not link.num_open:
+            if link.num_open:
+                link.kill()  # it had its time to finish
+            elif link.is_usable:
                 self.retire(link)
-        for pump in self._pumps:
-            pump.cancel()
+        if self._pumps:
+            await asyncio.wait(self._pumps, timeout=self._leave_timeout_s)
+        for link in self:
+            link.kill()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
     async def _start(self, domain: str, service: BackboneService) -> Placed:
@@ -110,15 +146,21 @@ class Workers:
             async with asyncio.timeout(self._cold_timeout_s):
                 await service.wait_ready()
                 ready = self._clock()
-                link = service.fork(domain)
-                self._by_domain[domain] = link
-                self._adopt(link)
-                await link.ready
+                link = self.find(domain)  # an earlier start may have run out of time and left it
+                if link is None:
+                    link = self._by_domain[domain] = service.fork(domain)
+                    self._adopt(link)
+                await asyncio.shield(link.ready)
         except TimeoutError:
-            raise Unavailable(
-                f"no worker was ready within {self._cold_timeout_s:g} s; it may be by now", retry_after_s=5
-            ) from None
+            # One that had hardly begun goes on, for the next request; one that had its time is stuck.
+            if (link := self.find(domain)) and time.monotonic() - link.started_at > self._cold_timeout_s / 2:
+                del self._by_domain[domain]
+                link.kill()
+            raise self._late() from None
         return Placed(link, ready - began, self._clock() - ready)
+
+    def _late(self) -> Unavailable:
+        return Unavailable(f"no worker was ready within {self._cold_timeout_s:g} s; it may be by now", retry_after_s=5)
 
     def _started(self, domain: str, task: asyncio.Task[Placed]) -> None:
         self._starting.pop(domain, None)
@@ -147,5 +189,5 @@ def retired_after(workers: Workers, link: WorkerLink) -> Iterator[WorkerLink]:
 
 
 def is_retryable(error: ServerlessLoraError, *, started: bool) -> bool:
-    """Only a request nobody has begun to compute may be given to another worker."""
+    """Only a request of which nothing was heard yet may be given to another worker."""
     return isinstance(error, WorkerLost) and not started

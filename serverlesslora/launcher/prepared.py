@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from serverlesslora.backbone.attach import attach
+from serverlesslora.engine.attention import bytes_per_token
 from serverlesslora.engine.engine import Engine
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
@@ -25,6 +26,7 @@ from serverlesslora_ipc.messages import Failed, Generate, SamplingParams, Tokens
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _UNBOUNDED_CONTEXT = 1 << 20
 
+BLOCK_SIZE = 16
 WARM_UP_TOKENS = 80  # more rows than the native kernels take, so that torch's own path is warm too
 
 
@@ -46,6 +48,10 @@ class PreparedBackbone:
     @property
     def context_length(self) -> int:
         return context_length(self.model.config.get_text_config())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return bytes_per_token(self.model.config.get_text_config(), self.model.dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -85,9 +91,11 @@ def prepare(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbon
 def warm_up(prepared: PreparedBackbone) -> None:
     """Answer one request here, so that what happens only once happens before the fork: late imports, caches of
     transformers, kernels loaded and primitives created. One thread: a pool must not start."""
-    limits = WorkerLimits(threads=1, kv_bytes=64 << 20, max_running=1, block_size=16)
+    num_tokens = min(WARM_UP_TOKENS, prepared.context_length - 2)
+    kv_bytes = prepared.kv_bytes_per_token * (num_tokens + 2 + 2 * BLOCK_SIZE)
+    limits = WorkerLimits(threads=1, kv_bytes=kv_bytes, max_running=1, block_size=BLOCK_SIZE)
     engine = Engine(prepared.model, prepared.lora, prepared.text, limits, time.monotonic)
-    prompt = TokensPrompt(token_ids=tuple(range(1, 1 + WARM_UP_TOKENS)))
+    prompt = TokensPrompt(token_ids=tuple(i % prepared.vocab_size for i in range(num_tokens)))
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     engine.submit(Generate(request_id="warm-up", adapter=None, prompt=prompt, sampling=sampling))
     while engine.has_work:

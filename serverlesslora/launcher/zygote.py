@@ -105,6 +105,7 @@ class Zygote:
             seconds=time.monotonic() - started,
             context_length=prepared.context_length,
             vocab_size=prepared.vocab_size,
+            kv_bytes_per_token=prepared.kv_bytes_per_token,
         )
         self._channel.send([answer])
         return True
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prepare", default=PREPARE, help="module:function that maps and builds a backbone")
     options = parser.parse_args(argv)
     process.die_with_parent()
-    process.ignore_interrupt()
+    process.leave_signals_to_the_gateway()
     process.set_name("slora-launcher")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -70,6 +70,10 @@ class Worker:
         except ChannelClosed:
             # The gateway is gone: nobody wants what the running step computes.
             os._exit(0)
+        except BaseException:
+            # A worker that no longer hears would keep its requests waiting for ever.
+            log.exception("a message could not be read")
+            os._exit(1)
 
     def _receive(self) -> None:
         """Take everything that has arrived; wait for something only when there is nothing to compute."""
