@@ -24,16 +24,17 @@ async def until_at_zero(running, domain: str) -> None:  # type: ignore[no-untype
         await asyncio.sleep(0.05)
 
 
-async def ladder(shape: str, rounds: int) -> dict[str, list[float]]:
+async def ladder(shape: str, rounds: int, warm_pool: int, settle_s: float) -> dict[str, list[float]]:
     model = require_models(shape)
     lora = MODELS / f"{shape}-lora"
     times: dict[str, list[float]] = {"hot": [], "adapter-disk": [], "worker": []}
     # `stay` keeps the tenant's worker busy enough to live; `lone` is a domain of its own that falls to zero.
     flags = (f"base={model}", "--adapter", f"t/stay={lora / 'a00'}", "--adapter", f"lone={lora / 'a01'}")
-    with server(*flags, "--idle-timeout", str(IDLE_S)) as running:
+    with server(*flags, "--idle-timeout", str(IDLE_S), "--warm-pool", str(warm_pool)) as running:
         async with Client(running.url) as client, aiohttp.ClientSession() as session:
             for round_ in range(rounds):
                 await until_at_zero(running, "function:lone")
+                await asyncio.sleep(settle_s)  # a request after a pause, as cold ones are
                 done = await client.complete("lone", client.prompt(32), tokens=1)
                 assert done.cold.startswith("worker"), done.cold
                 times["worker"].append(done.ttft)
@@ -70,13 +71,19 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="M")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--warm-pool", type=int, default=1, help="spare workers kept warm [1]; 0 measures the bare fork"
+    )
+    parser.add_argument("--settle", type=float, default=3.0, help="pause before each cold request, seconds [3]")
     arguments = parser.parse_args()
-    times = await ladder(arguments.shape, arguments.rounds)
+    times = await ladder(arguments.shape, arguments.rounds, arguments.warm_pool, arguments.settle)
     hot = statistics.median(times["hot"])
     starts = [await demo_start() for _ in range(3)]
     report(
         "cold",
         shape=arguments.shape,
+        warm_pool=arguments.warm_pool,
+        settle_s=arguments.settle,
         milliseconds={
             rung: {k: v if k == "n" else 1000 * v for k, v in spread(v).items()} for rung, v in times.items()
         },

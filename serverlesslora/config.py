@@ -74,6 +74,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float, Meta(gt=0, description="a worker that has requests and says nothing for this long is killed")
     ] = 300.0
     cold_timeout_s: Annotated[float, Meta(gt=0, description="how long a request waits for a starting worker")] = 60.0
+    warm_pool: Annotated[
+        int, Meta(ge=0, description="workers per backbone kept forked and warm for the domains that start next")
+    ] = 1
     threads: Annotated[int, Meta(ge=0, description="threads per worker; 0 is every core (workers take turns)")] = 0
     kv_memory_mb: Annotated[Positive, Meta(description="upper bound of one worker's KV cache, MiB")] = 1024
     max_running: Annotated[Positive, Meta(description="sequences one worker runs at once")] = 32

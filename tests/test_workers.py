@@ -68,7 +68,7 @@ class PlayedService:
         while not self.is_ready:
             await asyncio.sleep(0)
 
-    def fork(self, domain: str) -> WorkerLink:
+    def fork(self, domain: str, *, may_be_spare: bool = True) -> WorkerLink:
         ours, theirs = socket.socketpair()
         self.workers.append(PlayedWorker(theirs))
         self.forked.set()

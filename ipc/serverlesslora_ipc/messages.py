@@ -254,12 +254,6 @@ HostToGateway = Progress | Published | BackboneFailed | Verified
 # --- gateway <-> launcher ----------------------------------------------------------------------------------------
 
 
-class Prepare(Message, frozen=True):
-    """Map this backbone and build its module tree; the weights fd and the manifest fd travel with the frame."""
-
-    backbone: str
-
-
 class Prepared(Message, frozen=True):
     seconds: float
     context_length: int
@@ -277,12 +271,21 @@ class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     max_model_len: int | None = None
 
 
+class Prepare(Message, frozen=True):
+    """Map this backbone and build its module tree; the weights fd and the manifest fd travel with the frame."""
+
+    backbone: str
+    num_spares: int = 0  # workers kept forked and rehearsed before anybody asks for one
+    limits: WorkerLimits | None = None  # what spares rehearse with
+
+
 class Fork(Message, frozen=True):
     """Make a worker; its channel to the gateway travels with the frame."""
 
     worker_id: str
     domain: str
     limits: WorkerLimits
+    may_be_spare: bool = True  # False: nobody waits for its first token, leave the spares to those who do
 
 
 class Forked(Message, frozen=True):

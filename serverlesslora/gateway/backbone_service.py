@@ -94,6 +94,7 @@ class BackboneService:
         lease_fd: int,
         adapter_bytes: int,
         state_dir: str,
+        warm_pool: int,
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.name = name
@@ -102,6 +103,7 @@ class BackboneService:
         self._limits = limits
         self._lease_fd = lease_fd
         self._adapter_bytes = adapter_bytes
+        self._warm_pool = warm_pool
         # transformers imports torch's compiler, which makes this folder (else in the temporary one) and leaves it.
         self._env = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(state_dir, "torch")}
         self._on_progress = on_progress
@@ -173,7 +175,7 @@ class BackboneService:
 
     # --- workers
 
-    def fork(self, domain: str) -> WorkerLink:
+    def fork(self, domain: str, *, may_be_spare: bool = True) -> WorkerLink:
         """Ask the launcher for a worker. Raises Unavailable while there is no launcher to ask."""
         if self._launcher is None or not self.is_ready:
             raise Unavailable(f"the backbone {self.name!r} is not ready yet", retry_after_s=5)
@@ -182,9 +184,8 @@ class BackboneService:
         with theirs:
             channel: AsyncChannel[WorkerToGateway] = AsyncChannel(ours, WorkerToGateway)
             try:
-                self._launcher.channel.send(
-                    [Fork(worker_id=worker_id, domain=domain, limits=self._limits)], [theirs.fileno()]
-                )
+                fork = Fork(worker_id=worker_id, domain=domain, limits=self._limits, may_be_spare=may_be_spare)
+                self._launcher.channel.send([fork], [theirs.fileno()])
             except (ChannelClosed, OSError) as error:  # OSError: no descriptor is left to send one
                 channel.close()
                 log.warning("cannot ask the launcher of %s: %s", self.name, error)
@@ -269,7 +270,8 @@ class BackboneService:
             await self._published.wait()
             if self._failure is not None or self._sealed is None:
                 return
-            launcher.channel.send([Prepare(backbone=self.name)], [self._sealed.weights_fd, self._sealed.manifest_fd])
+            prepare = Prepare(backbone=self.name, num_spares=self._warm_pool, limits=self._limits)
+            launcher.channel.send([prepare], [self._sealed.weights_fd, self._sealed.manifest_fd])
             async for frame in launcher.channel:
                 for message in frame.messages:
                     match message:

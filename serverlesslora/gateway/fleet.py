@@ -90,6 +90,7 @@ class Fleet:
                 lease_fd=self._lease_fd,
                 adapter_bytes=ADAPTER_BYTES_PER_WORKER,
                 state_dir=config.state_dir,
+                warm_pool=config.warm_pool,
                 on_progress=on_progress,
             )
             for backbone in config.backbones

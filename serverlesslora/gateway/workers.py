@@ -71,7 +71,7 @@ class Workers:
 
     async def start_alone(self, domain: str, service: BackboneService) -> WorkerLink:
         """A worker outside the table, for one job its caller will retire it after. Raises as `place` does."""
-        link = service.fork(domain)
+        link = service.fork(domain, may_be_spare=False)
         self._adopt(link)
         try:
             async with asyncio.timeout(self._cold_timeout_s):

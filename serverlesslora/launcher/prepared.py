@@ -21,6 +21,7 @@ from serverlesslora_ipc import manifest as manifests
 from serverlesslora_ipc import sealed
 from serverlesslora_ipc.manifest import Manifest
 from serverlesslora_ipc.messages import Failed, Generate, SamplingParams, TokensPrompt, WorkerLimits
+from serverlesslora_kernels.segments import sgmv_kernels
 
 # Where a config may say how many positions a model can tell apart.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -84,16 +85,17 @@ def prepare(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbon
             Path(manifest.tokenizer), context_length=context_length(config), vocab_size=config.vocab_size
         ),
     )
-    warm_up(prepared)
+    warm_up(prepared, threads=1)
     return prepared
 
 
-def warm_up(prepared: PreparedBackbone) -> None:
-    """Answer one request here, so that what happens only once happens before the fork: late imports, caches of
-    transformers, kernels loaded and primitives created. One thread: a pool must not start."""
+def warm_up(prepared: PreparedBackbone, *, threads: int) -> None:
+    """Answer one request, so that what happens only once happens now: late imports, caches of transformers, kernels
+    loaded and primitives created. Before a fork it must be one thread: a pool must not start."""
+    sgmv_kernels()
     num_tokens = min(WARM_UP_TOKENS, prepared.context_length - 2)
     kv_bytes = prepared.kv_bytes_per_token * (num_tokens + 2 + 2 * BLOCK_SIZE)
-    limits = WorkerLimits(threads=1, kv_bytes=kv_bytes, max_running=1, block_size=BLOCK_SIZE)
+    limits = WorkerLimits(threads=threads, kv_bytes=kv_bytes, max_running=1, block_size=BLOCK_SIZE)
     engine = Engine(prepared.model, prepared.lora, prepared.text, limits, time.monotonic)
     prompt = TokensPrompt(token_ids=tuple(i % prepared.vocab_size for i in range(num_tokens)))
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)

@@ -33,6 +33,7 @@ from serverlesslora_ipc.messages import (
     Prepare,
     Prepared,
     Shutdown,
+    WorkerLimits,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 
     Build = Callable[[str, int, int], PreparedBackbone]
     Run = Callable[[socket.socket, PreparedBackbone, Fork], int]
+    Rehearse = Callable[[PreparedBackbone, WorkerLimits], None]
 
+REHEARSAL = "serverlesslora.worker.main:rehearse"
 WORKER = "serverlesslora.worker.main:run"
 PREPARE = "serverlesslora.launcher.prepared:prepare"
 
@@ -53,16 +56,33 @@ ENVIRONMENT = {
 }
 
 
+# A new spare is made a moment after the last was taken: its rehearsal would compete with the first answer of the
+# worker that took it.
+REFILL_DELAY_S = 1.0
+
+
 class _Child(NamedTuple):
     worker_id: str
     pid: int
 
 
+class _Spare(NamedTuple):
+    """A forked child without a domain: it has rehearsed and waits for a Fork on its channel."""
+
+    pid: int
+    pidfd: int
+    channel: Channel[Fork]
+
+
 class Zygote:
-    def __init__(self, channel: Channel[GatewayToLauncher], build: Build, run: Run) -> None:
+    def __init__(self, channel: Channel[GatewayToLauncher], build: Build, run: Run, rehearse: Rehearse) -> None:
         self._channel = channel
         self._build = build
         self._run = run
+        self._rehearse = rehearse
+        self._prepare_message: Prepare | None = None
+        self._spares: dict[int, _Spare] = {}  # by pidfd
+        self._refill_at = float("inf")
         self._prepared: PreparedBackbone | None = None
         self._children: dict[int, _Child] = {}  # by pidfd, which becomes readable when the child ends
         self._events = select.poll()
@@ -71,8 +91,12 @@ class Zygote:
     def main_loop(self) -> int:
         """Returns the exit code after Shutdown or a failed Prepare; raises ChannelClosed when the gateway is gone."""
         while True:
-            for fd, _ in self._events.poll():
-                if fd in self._children:
+            wait_s = self._refill_at - time.monotonic()
+            ready = self._events.poll(None if wait_s == float("inf") else max(0.0, 1000 * wait_s))
+            if not ready:
+                self._add_spare()
+            for fd, _ in ready:
+                if fd in self._children or fd in self._spares:
                     self._reap(fd)
                     continue
                 while self._channel.poll():
@@ -99,6 +123,7 @@ class Zygote:
             self._channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
             return False
         self._prepared = prepared
+        self._prepare_message = prepare
         gc.collect()
         gc.freeze()  # the collector of a child would otherwise write to, and so copy, every page with objects on it
         answer = Prepared(
@@ -108,30 +133,103 @@ class Zygote:
             kv_bytes_per_token=prepared.kv_bytes_per_token,
         )
         self._channel.send([answer])
+        self._plan_refill(0.0)
         return True
 
     def _fork(self, fork: Fork, fds: list[int]) -> None:
         assert self._prepared is not None
         assert len(fds) == 1
         try:
-            pid = os.fork()
+            spare = self._give_to_spare(fork, fds[0]) if fork.may_be_spare else None
+            pid = spare or self._fork_now(fork, fds[0], self._prepared)
         except OSError as error:
-            close_fds(fds)
             self._channel.send([LauncherFailed(reason=f"cannot fork: {error}", worker_id=fork.worker_id)])
             return
+        finally:
+            close_fds(fds)  # the child's copy must be the only one, or its death would not be an end of stream
+        self._channel.send([Forked(worker_id=fork.worker_id, pid=pid)])
+
+    def _fork_now(self, fork: Fork, fd: int, prepared: PreparedBackbone) -> int:
+        pid = os.fork()
         if pid == 0:
-            os._exit(self._child(fork, fds[0], self._prepared))
-        close_fds(fds)  # the child's copy must be the only one, or its death would not be an end of stream
+            os._exit(self._child(fork, fd, prepared))
         pidfd = os.pidfd_open(pid)
         self._children[pidfd] = _Child(fork.worker_id, pid)
         self._events.register(pidfd, select.POLLIN)
-        self._channel.send([Forked(worker_id=fork.worker_id, pid=pid)])
+        return pid
+
+    def _give_to_spare(self, fork: Fork, fd: int) -> int | None:
+        """The pid of the spare that becomes this worker; None when there is none."""
+        while self._spares:
+            pidfd, spare = self._spares.popitem()
+            self._plan_refill(REFILL_DELAY_S)
+            self._children[pidfd] = _Child(fork.worker_id, spare.pid)
+            try:
+                spare.channel.send([fork], [fd])
+                return spare.pid
+            except ChannelClosed:  # it died a moment ago; its end will be reported for nobody
+                self._children[pidfd] = _Child("", spare.pid)
+            finally:
+                spare.channel.close()
+        return None
+
+    def _plan_refill(self, delay_s: float) -> None:
+        wanted = self._prepare_message.num_spares if self._prepare_message else 0
+        if len(self._spares) < wanted:
+            self._refill_at = time.monotonic() + delay_s
+
+    def _add_spare(self) -> None:
+        """Fork a child that rehearses and then waits for its domain: it has none yet, and will have only one."""
+        self._refill_at = float("inf")
+        message, prepared = self._prepare_message, self._prepared
+        assert message is not None
+        assert prepared is not None
+        assert message.limits is not None
+        ours, theirs = socket.socketpair()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            self._plan_refill(10 * REFILL_DELAY_S)
+            return
+        if pid == 0:
+            ours.close()
+            os._exit(self._spare(Channel(theirs, Fork), message.limits, prepared))
+        theirs.close()
+        pidfd = os.pidfd_open(pid)
+        self._spares[pidfd] = _Spare(pid, pidfd, Channel(ours, Fork))
+        self._events.register(pidfd, select.POLLIN)
+        self._plan_refill(REFILL_DELAY_S)
+
+    def _spare(self, waiting: Channel[Fork], limits: WorkerLimits, prepared: PreparedBackbone) -> int:
+        """A child's life before it is a worker; it ends with the launcher as long as it has no domain."""
+        try:
+            self._channel.close()
+            close_fds(self._children)
+            for other in self._spares.values():
+                other.channel.close()
+            close_fds(self._spares)
+            self._children, self._spares = {}, {}
+            process.set_name("slora-spare")
+            self._rehearse(prepared, limits)
+            messages, fds = waiting.receive()
+            waiting.close()
+        except ChannelClosed:
+            return 0
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        return self._child(messages[0], fds[0], prepared)
 
     def _child(self, fork: Fork, fd: int, prepared: PreparedBackbone) -> int:
         """The worker's life; the return value is its exit code. Nothing of the zygote's may run after it."""
         try:
             self._channel.close()
             close_fds(self._children)
+            for spare in self._spares.values():
+                spare.channel.close()
+            close_fds(self._spares)
             process.set_name("slora-worker")
             process.set_oom_score(500)
             process.exit_on_hangup(fd)
@@ -148,10 +246,16 @@ class Zygote:
             sys.stderr.flush()
 
     def _reap(self, pidfd: int) -> None:
-        child = self._children.pop(pidfd)
+        spare = self._spares.pop(pidfd, None)
+        child = _Child("", spare.pid) if spare else self._children.pop(pidfd)
         self._events.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(child.pid, 0)
+        if spare is not None:
+            spare.channel.close()
+            self._plan_refill(10 * REFILL_DELAY_S)  # not at once: whatever killed it may kill the next
+        if not child.worker_id:
+            return
         exited = Exited(worker_id=child.worker_id, pid=child.pid, status=os.waitstatus_to_exitcode(status))
         self._channel.send([exited])
 
@@ -167,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--lease-fd", type=int, help="what workers of this device lock for a turn")
     parser.add_argument("--worker", default=WORKER, help="module:function that is a worker's life")
+    parser.add_argument("--rehearsal", default=REHEARSAL, help="module:function that a spare does before it waits")
     parser.add_argument("--prepare", default=PREPARE, help="module:function that maps and builds a backbone")
     options = parser.parse_args(argv)
     process.die_with_parent()
@@ -176,10 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     channel: Channel[GatewayToLauncher] = Channel.inherited(options.fd, GatewayToLauncher)
     try:
-        run = _resolve(options.worker)
+        run, rehearse = _resolve(options.worker), _lazy(options.rehearsal)
         if options.lease_fd is not None:
             run = functools.partial(run, lease_fd=options.lease_fd)
-        zygote = Zygote(channel, _resolve(options.prepare), run)
+            rehearse = functools.partial(rehearse, lease_fd=options.lease_fd)
+        zygote = Zygote(channel, _resolve(options.prepare), run, rehearse)
         return zygote.main_loop()
     except ChannelClosed:
         return 0
@@ -187,6 +293,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
         return 1
+
+
+def _lazy(entry: str) -> Callable[..., Any]:
+    """Imported when it is called first, which a launcher without spares never does."""
+    return lambda *arguments, **options: _resolve(entry)(*arguments, **options)
 
 
 def _resolve(entry: str) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from serverlesslora.engine.engine import Engine
-from serverlesslora.launcher.prepared import PreparedBackbone
+from serverlesslora.launcher.prepared import PreparedBackbone, warm_up
 from serverlesslora.worker.lease import DeviceLease
 from serverlesslora_ipc import sealed
 from serverlesslora_ipc.channel import Channel, ChannelClosed
@@ -31,6 +31,7 @@ from serverlesslora_ipc.messages import (
     Shutdown,
     Stats,
     UnloadAdapter,
+    WorkerLimits,
     WorkerToGateway,
 )
 
@@ -112,6 +113,16 @@ class Worker:
         if stats != self._last_stats:
             self._send(stats)
             self._last_stats, self._stats_sent_at = stats, now
+
+
+def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int | None = None) -> None:
+    """What a spare does before it has a domain: its thread pool, its page tables and one answer nobody hears."""
+    torch.set_num_threads(limits.threads)
+    sealed.populate(prepared.weights)
+    lease = DeviceLease(lease_fd)
+    with lease.turn():
+        warm_up(prepared, threads=limits.threads)
+    lease.close()
 
 
 def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork, *, lease_fd: int | None = None) -> int:
