@@ -11,6 +11,7 @@ import platform
 import random
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,7 @@ class Client:
             "stream_options": {"include_usage": True},
             **more,
         }
+        body = {key: value for key, value in body.items() if value is not None}
         began = time.perf_counter()
         stamps: list[float] = []
         text: list[str] = []
@@ -203,12 +205,18 @@ class Client:
         gaps = tuple(after - before for before, after in itertools.pairwise(stamps))
         return Timed(stamps[0] - began, stamps[-1] - began, gaps, used, "".join(text), tuple(ids), cold)
 
-    async def burst(self, models: Sequence[str], *, prompt: int, tokens: int) -> tuple[float, list[Timed]]:
+    def text(self, length: int) -> str:
+        """As many tokens as characters, for the byte-level tokenizer that `make_models.py` writes."""
+        return "".join(self._random.choices(string.ascii_lowercase, k=length))
+
+    async def burst(
+        self, models: Sequence[str], *, prompt: int, tokens: int, as_text: bool = False, **more: Any
+    ) -> tuple[float, list[Timed]]:
         """All at once; output tokens per second of wall time, and every request."""
-        prompts = [self.prompt(prompt) for _ in models]
+        prompts = [self.text(prompt) if as_text else self.prompt(prompt) for _ in models]
         began = time.perf_counter()
         done = await asyncio.gather(
-            *(self.complete(model, p, tokens=tokens) for model, p in zip(models, prompts, strict=True))
+            *(self.complete(model, p, tokens=tokens, **more) for model, p in zip(models, prompts, strict=True))
         )
         return sum(one.tokens for one in done) / (time.perf_counter() - began), list(done)
 
