@@ -7,13 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-# Children of one parent that transformers calls with the very same input.
-SIBLINGS: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
+from serverlesslora.backbone.layout import FUSED
 
 
 def join_adjacent(params: Sequence[Tensor]) -> Tensor | None:
@@ -39,7 +33,7 @@ def join_adjacent(params: Sequence[Tensor]) -> Tensor | None:
 def find_groups(model: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
     """Sibling linears that can be fused, as (full name, module) in the order in which they lie in memory."""
     for parent_name, parent in model.named_modules():
-        for names in SIBLINGS:
+        for names in FUSED:
             children = [(f"{parent_name}.{name}".lstrip("."), getattr(parent, name, None)) for name in names]
             members = [(name, child) for name, child in children if type(child) is nn.Linear]
             if len(members) == len(names) and can_join([module for _, module in members]):
