@@ -45,6 +45,7 @@ class PreparedBackbone:
     model: PreTrainedModel
     lora: LoraModel
     text: TextCodec
+    is_rehearsed: bool = False  # this process has filled its page tables and run a step
 
     @property
     def context_length(self) -> int:

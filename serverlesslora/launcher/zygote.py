@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Build = Callable[[str, int, int], PreparedBackbone]
     Run = Callable[[socket.socket, PreparedBackbone, Fork], int]
-    Rehearse = Callable[[PreparedBackbone, WorkerLimits], None]
+    Rehearse = Callable[[PreparedBackbone, WorkerLimits], PreparedBackbone]
 
 REHEARSAL = "serverlesslora.worker.main:rehearse"
 WORKER = "serverlesslora.worker.main:run"
@@ -212,7 +212,7 @@ class Zygote:
             close_fds(self._spares)
             self._children, self._spares = {}, {}
             process.set_name("slora-spare")
-            self._rehearse(prepared, limits)
+            prepared = self._rehearse(prepared, limits)
             messages, fds = waiting.receive()
             waiting.close()
         except ChannelClosed:
@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearsal", default=REHEARSAL, help="module:function that a spare does before it waits")
     parser.add_argument("--prepare", default=PREPARE, help="module:function that maps and builds a backbone")
     options = parser.parse_args(argv)
+    cores = os.sched_getaffinity(0)  # before OpenMP pins this thread, and so what it starts, to one of them
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-launcher")
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, rehearse = _resolve(options.worker), _lazy(options.rehearsal)
         if options.lease_fd is not None:
-            run = functools.partial(run, lease_fd=options.lease_fd)
+            run = functools.partial(run, lease_fd=options.lease_fd, cores=cores)
             rehearse = functools.partial(rehearse, lease_fd=options.lease_fd)
         zygote = Zygote(channel, _resolve(options.prepare), run, rehearse)
         return zygote.main_loop()

@@ -6,13 +6,15 @@ while a step runs. When the channel ends the process ends: a worker never outliv
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -54,7 +56,6 @@ class Worker:
         self._leaving = False
 
     def main_loop(self) -> None:
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
         while not self._leaving:
             self._receive()
             if self._engine.has_work:
@@ -64,7 +65,8 @@ class Worker:
                     self._channel.send(out)
             self._report()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """The reader thread: it ends with the process."""
         try:
             while True:
                 self._inbox.put(self._channel.receive().messages)
@@ -115,7 +117,7 @@ class Worker:
             self._last_stats, self._stats_sent_at = stats, now
 
 
-def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int | None = None) -> None:
+def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int | None = None) -> PreparedBackbone:
     """What a spare does before it has a domain: its thread pool, its page tables and one answer nobody hears."""
     torch.set_num_threads(limits.threads)
     sealed.populate(prepared.weights)
@@ -123,20 +125,43 @@ def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int 
     with lease.turn():
         warm_up(prepared, threads=limits.threads)
     lease.close()
+    return dataclasses.replace(prepared, is_rehearsed=True)
 
 
-def run(connection: socket.socket, prepared: PreparedBackbone, fork: Fork, *, lease_fd: int | None = None) -> int:
+@contextlib.contextmanager
+def _on(cores: Collection[int]) -> Iterator[None]:
+    """Threads started inside may run on all `cores`, not only where OpenMP has pinned their creator."""
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or pinned)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, pinned)
+
+
+def run(
+    connection: socket.socket,
+    prepared: PreparedBackbone,
+    fork: Fork,
+    *,
+    lease_fd: int | None = None,
+    cores: Collection[int] = (),
+) -> int:
     """Entry point of a freshly forked worker; returns the exit code of the process."""
     started = time.monotonic()
     torch.set_num_threads(fork.limits.threads)
     channel: Channel[GatewayToWorker] = Channel(connection, GatewayToWorker)
     engine = Engine(prepared.model, prepared.lora, prepared.text, fork.limits, time.monotonic)
     channel.send([Ready(pid=os.getpid(), attach_s=time.monotonic() - started)])
-    # Page tables are not inherited for shared file mappings: fill them while the first request is still on its way.
-    threading.Thread(target=sealed.populate, args=(prepared.weights,), name="populate", daemon=True).start()
+    worker = Worker(channel, engine, DeviceLease(lease_fd), time.monotonic)
+    with _on(cores):
+        threading.Thread(target=worker.read, name="reader", daemon=True).start()
+        if not prepared.is_rehearsed:
+            # Page tables are not inherited for shared file mappings: fill them while the first request is on its way.
+            threading.Thread(target=sealed.populate, args=(prepared.weights,), name="populate", daemon=True).start()
     try:
         with torch.inference_mode():
-            Worker(channel, engine, DeviceLease(lease_fd), time.monotonic).main_loop()
+            worker.main_loop()
     except ChannelClosed:
         return 0
     except Exception:
