@@ -396,6 +396,6 @@ def test_a_worker_that_cannot_read_what_it_is_told_ends(monkeypatch: pytest.Monk
     channel: Channel[Any] = Channel(theirs, GatewayToWorker)
     ours.sendall(b"\x01\x00\x00\x00\x00\xc1")
     with pytest.raises(Ended, match="1"):
-        Worker(channel, None, None, None)._read()  # type: ignore[arg-type]
+        Worker(channel, None, None, None).read()  # type: ignore[arg-type]
     channel.close()
     ours.close()

@@ -32,6 +32,7 @@ from serverlesslora_ipc.messages import (
     WorkerLimits,
     WorkerToGateway,
 )
+from tests.server import wait_until
 
 if TYPE_CHECKING:
     from serverlesslora.launcher.prepared import PreparedBackbone
@@ -87,6 +88,10 @@ def prepare_nothing(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing
     os.close(weights_fd)
     os.close(manifest_fd)
     return Nothing()
+
+
+def rehearse_nothing(prepared: Nothing, limits: WorkerLimits) -> Nothing:
+    return prepared
 
 
 def prepare_with_a_thread(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:
@@ -154,10 +159,11 @@ class Launcher:
         self.process.wait(TIMEOUT_S)
 
 
-def empty_launcher(preparing: str = "prepare_nothing") -> Launcher:
-    launcher = Launcher("--prepare", f"tests.test_zygote:{preparing}")
+def empty_launcher(preparing: str = "prepare_nothing", *, num_spares: int = 0) -> Launcher:
+    here = "tests.test_zygote"
+    launcher = Launcher("--prepare", f"{here}:{preparing}", "--rehearsal", f"{here}:rehearse_nothing")
     null = os.open(os.devnull, os.O_RDONLY)
-    launcher.channel.send([Prepare(backbone="base")], [null, null])
+    launcher.channel.send([Prepare(backbone="base", num_spares=num_spares, limits=LIMITS)], [null, null])
     os.close(null)
     return launcher
 
@@ -189,6 +195,22 @@ def launcher(backbone: Any) -> Iterator[Launcher]:
 
 def proc(pid: int, name: str) -> str:
     return Path(f"/proc/{pid}/{name}").read_text()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in proc(pid, f"task/{pid}/children").split()]
+
+
+def spares_of(launcher: Launcher) -> list[int]:
+    """Wait until there are spares; they rename themselves last."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [child for child in children(launcher.process.pid) if proc(child, "comm") == "slora-spare\n"]
+        return bool(found)
+
+    wait_until(look, TIMEOUT_S)
+    return found
 
 
 def wait_for_end(pidfds: list[int]) -> None:
@@ -272,6 +294,49 @@ def test_a_worker_outlives_its_launcher_but_not_its_channel() -> None:
         deaf.channel.close()
         waiting.channel.close()
         wait_for_end(pidfds)
+
+
+def test_a_spare_becomes_the_worker_and_is_replaced() -> None:
+    with empty_launcher(num_spares=1) as launcher:
+        assert isinstance(launcher.receive(), Prepared)
+        (spare,) = spares_of(launcher)
+        worker = Worker(launcher, "w", "waits")
+        assert worker.pid == spare
+        assert worker.receive() == Ready(pid=spare, attach_s=0.0)
+        assert proc(spare, "comm") == "slora-worker\n"
+        links = [os.readlink(f"/proc/{spare}/fd/{fd}") for fd in os.listdir(f"/proc/{spare}/fd")]
+        assert len([link for link in links if link.startswith("socket:")]) == 1, "no channel but its own"
+        assert spares_of(launcher) != [spare]
+        worker.channel.send([Shutdown()])
+        assert launcher.ended() == ("w", 0)
+
+
+def test_a_spare_that_was_killed_is_not_missed() -> None:
+    with empty_launcher(num_spares=1) as launcher:
+        assert isinstance(launcher.receive(), Prepared)
+        (spare,) = spares_of(launcher)
+        pidfd = os.pidfd_open(spare)
+        os.kill(spare, signal.SIGKILL)
+        wait_for_end([pidfd])
+        worker = Worker(launcher, "w", "returns 7")
+        assert worker.pid != spare
+        assert launcher.ended() == ("w", 7)
+
+
+def test_a_spare_dies_with_its_launcher_and_a_worker_made_of_one_does_not() -> None:
+    with empty_launcher(num_spares=1) as launcher:
+        assert isinstance(launcher.receive(), Prepared)
+        spares_of(launcher)
+        worker = Worker(launcher, "w", "waits")
+        (spare,) = spares_of(launcher)
+        spare_fd, worker_fd = os.pidfd_open(spare), os.pidfd_open(worker.pid)
+        launcher.process.kill()
+        launcher.process.wait(TIMEOUT_S)
+        wait_for_end([spare_fd])
+        worker.receive()
+        assert select.select([worker_fd], [], [], 0)[0] == []
+        worker.channel.close()
+        wait_for_end([worker_fd])
 
 
 def test_everybody_dies_with_a_killed_gateway(tmp_path: Path) -> None:
