@@ -286,6 +286,7 @@ def play_backbone(
             lease_fd=-1,
             adapter_bytes=1,
             state_dir=str(tmp_path),
+            warm_pool=0,
         )
         service.startup()
         try:
