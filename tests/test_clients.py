@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,10 +67,9 @@ def test_openai_errors(client: openai.OpenAI, request_: dict[str, Any], error: t
         assert 1 <= int(raised.value.response.headers["retry-after"]) <= 60
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_litellm(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    litellm = pytest.importorskip("litellm")
+def use_litellm(base_url: str) -> None:
+    litellm: Any = importlib.import_module("litellm")
+
     options: dict[str, Any] = {"api_base": base_url, "api_key": "x", "messages": MESSAGES, "temperature": 0}
     answer = litellm.completion(model="openai/reverse", **options)
     assert answer.choices[0].message.content == EXPECTED
@@ -78,10 +80,18 @@ def test_litellm(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         litellm.completion(model="openai/nope", **options)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_langchain(base_url: str) -> None:
-    chat = pytest.importorskip("langchain_openai").ChatOpenAI(
-        model="reverse", base_url=base_url, api_key="x", temperature=0
-    )
+def use_langchain(base_url: str) -> None:
+    from langchain_openai import ChatOpenAI
+
+    chat: Any = ChatOpenAI(model="reverse", base_url=base_url, api_key="x", temperature=0)  # type: ignore[arg-type]
     assert chat.invoke(TEXT).content == EXPECTED
     assert "".join(piece.content for piece in chat.stream(TEXT)) == EXPECTED
+
+
+@pytest.mark.parametrize("client", ["use_litellm", "use_langchain"])
+def test_client_in_a_process_of_its_own(base_url: str, client: str) -> None:
+    # These leave event loops and warnings behind, which are none of our affair.
+    code = f"from tests.test_clients import {client}; {client}({base_url!r})"
+    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
