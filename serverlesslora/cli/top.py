@@ -45,7 +45,7 @@ def render(status: FleetStatus) -> Group:
     for b in status.backbones:
         pids = (str(b.host_pid), str(b.launcher_pid))
         backbones.add_row(b.name, b.state, f"{b.size_bytes / 1e6:.0f}", *pids, str(b.restarts), b.sharing)
-    workers = _table("WORKER OF", "STATE", "PID", "OPEN", "RUN", "WAIT", "KV %", "ADAPTERS", "BUSY S", "IDLE S")
+    workers = _table("WORKER OF", "STATE", "PID", "OPEN", "RUN", "WAIT", "KV %", "LORA", "BUSY", "IDLE")
     for w in sorted(status.workers, key=lambda worker: worker.domain):
         s = w.stats
         kv = f"{100 * s.kv_used_blocks / s.kv_total_blocks:.0f}" if s and s.kv_total_blocks else "-"
@@ -58,8 +58,8 @@ def render(status: FleetStatus) -> Group:
 
 def _table(first: str, *columns: str) -> Table:
     """Eighty columns are enough; a long domain is what gets cut."""
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, overflow="ellipsis", no_wrap=True)
     for column in columns:
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=True, min_width=max(len(column), 5))
     return table
