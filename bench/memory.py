@@ -35,10 +35,11 @@ async def main() -> None:
         flags += ["--adapter", f"f{i}={MODELS / f'{arguments.shape}-lora' / f'a{i:02d}'}"]
     with server(*flags) as running:
         async with Client(running.url) as client:
+            await asyncio.sleep(3.0)  # the spare worker has been rehearsed by then
             totals = [pss_mb(running.pid)]
             for i in range(arguments.workers):
                 await client.complete(f"f{i}", client.prompt(128), tokens=8)
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(2.5)  # ... and so has the one that took its place
                 totals.append(pss_mb(running.pid))
             state = admin_get(running, "/admin/state")
             adapter_mb = state["functions"][0]["size_bytes"] / 2**20
