@@ -63,7 +63,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(*arguments: str, deadline_s: float = 90.0) -> Iterator[Live]:
+def live(*arguments: str, deadline_s: float = 120.0) -> Iterator[Live]:
     """`serverlesslora serve` in a process group of its own; every process of it is gone when the block ends."""
     port, admin_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as scratch:

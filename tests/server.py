@@ -51,7 +51,7 @@ def is_healthy(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, deadline_s: float = 60.0) -> Iterator[str]:
+def serving(*arguments: str, deadline_s: float = 120.0) -> Iterator[str]:
     """`serverlesslora serve` with these arguments in a process of its own; yields its address."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
