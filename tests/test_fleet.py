@@ -16,7 +16,7 @@ import pytest
 from serverlesslora.config import BackboneConfig, FunctionConfig, ServerConfig
 from serverlesslora.errors import AdapterInvalid, ConfigError, Unavailable, WorkerLost
 from serverlesslora.gateway import backbone_service
-from serverlesslora.gateway.backbone_service import BackboneService
+from serverlesslora.gateway.backbone_service import MAX_FAILED_STARTS, BackboneService
 from serverlesslora.gateway.backend import GenerationRequest
 from serverlesslora.gateway.fleet import INSPECTIONS_AT_ONCE, Fleet, worker_limits
 from serverlesslora.gateway.store import CONFIG, WEIGHTS
@@ -344,6 +344,36 @@ def test_a_first_failure_is_final_and_told(tmp_path: Path, monkeypatch: pytest.M
         publish(children[0])
         children[1].far.send([LauncherFailed(reason="no tokenizer")])
         with pytest.raises(ConfigError, match="no tokenizer"):
+            await service.wait_ready()
+
+    play_backbone(tmp_path, monkeypatch, scene)
+
+
+def test_a_kv_cache_of_less_than_a_block_is_told_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(service: BackboneService, children: list[PlayedChild]) -> None:
+        await until(lambda: len(children) == 2)
+        publish(children[0])
+        prepared = Prepared(seconds=0.1, context_length=10, vocab_size=10, kv_bytes_per_token=1 << 40)
+        children[1].far.send([prepared])
+        with pytest.raises(ConfigError, match="--kv-memory-mb"):
+            await service.wait_ready()
+
+    play_backbone(tmp_path, monkeypatch, scene)
+
+
+def test_a_launcher_that_never_gets_ready_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(service: BackboneService, children: list[PlayedChild]) -> None:
+        await until(lambda: len(children) == 2)
+        publish(children[0])
+        ended = 0
+        while not service.is_failed:
+            for child in children[1:]:
+                if not child.far.closed:
+                    child.far.close()
+                    ended += 1
+            await asyncio.sleep(0.01)
+        assert ended == MAX_FAILED_STARTS
+        with pytest.raises(ConfigError, match="before it was ready"):
             await service.wait_ready()
 
     play_backbone(tmp_path, monkeypatch, scene)

@@ -90,12 +90,17 @@ def create_admin_app(fleet: Fleet) -> Starlette:
             )
         )
 
+    async def verify(request: Request) -> Response:
+        verified = await fleet.verify(request.path_params["name"])
+        return _answer({"content_digest": verified.content_digest, "intact": verified.intact})
+
     return Starlette(
         routes=[
             Route("/admin/state", state, methods=["GET"]),
             Route("/admin/functions", functions, methods=["GET"]),
             Route("/admin/functions", deploy, methods=["POST"]),
             Route("/admin/functions/{name:path}", remove, methods=["DELETE"]),
+            Route("/admin/verify/{name:path}", verify, methods=["POST"]),
             Route("/admin/inspect", inspect, methods=["POST"]),
         ],
         exception_handlers={ServerlessLoraError: _failed},

@@ -32,7 +32,7 @@ from serverlesslora.gateway.store import AdapterStore, StoredAdapter
 from serverlesslora.gateway.worker_link import WorkerLink
 from serverlesslora.gateway.workers import Placed, Workers, retired_after
 from serverlesslora.worker.lease import create_lease_fd
-from serverlesslora_ipc.messages import Loaded, Progress, Stats, WorkerLimits
+from serverlesslora_ipc.messages import Loaded, Progress, Stats, Verified, WorkerLimits
 
 log = logging.getLogger("serverlesslora.fleet")
 
@@ -293,6 +293,10 @@ class Fleet:
             raise ConfigError(f"function {function.name!r} cannot be served: {error.message}") from error
 
     # --- what is going on
+
+    async def verify(self, backbone: str) -> Verified:
+        """Raises ModelNotFound or Unavailable."""
+        return await self._services[self.registry.backbone(backbone).name].verify()
 
     def status(self) -> FleetStatus:
         now = time.monotonic()

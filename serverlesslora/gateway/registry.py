@@ -84,9 +84,6 @@ class Registry:
     def remove(self, name: str) -> Function | None:
         return self._functions.pop(name, None)
 
-    def uses(self, digest: str) -> bool:
-        return any(function.digest == digest for function in self._functions.values())
-
     def backbones(self) -> Iterator[Backbone]:
         yield from self._backbones.values()
 

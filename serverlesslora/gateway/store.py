@@ -78,9 +78,6 @@ class AdapterStore:
                         raise
         return StoredAdapter(digest, target, size)
 
-    def remove(self, digest: str) -> None:
-        shutil.rmtree(self.path_of(digest), ignore_errors=True)
-
     def sweep(self) -> None:
         """Drop what a killed process left half copied."""
         for leftover in self.directory.glob(".incoming-*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ class Part(Protocol):
     def tensors(self) -> Sequence[Tensor | None]: ...
 
 
-class OccasionalSite:
+class OccasionalSite(ABC):
     """Replaces `module.forward` from the first adapter that needs it to the last."""
 
     def __init__(self, name: str, module: nn.Module, batch: Batch) -> None:
@@ -42,8 +43,9 @@ class OccasionalSite:
             else:
                 del self.module.__dict__["forward"]
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """What the module computes, with the parts of the adapters in this batch."""
 
     def _parts(self) -> list[tuple[int, int, Any]]:
         """(start, end, part) of the adapters in this batch that change this site."""
