@@ -113,13 +113,24 @@ def test_chain_depends_on_everything_before() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_histories(seed: int) -> None:
-    """Blocks carry a model of their content (who wrote which tokens for which adapter): a hit must match it."""
+    """Blocks carry a model of their content (who wrote which tokens for which adapter): a hit must match it.
+
+    In every second history chunks come and go, and take the content with them.
+    """
     rng = random.Random(seed)
-    blocks = BlockManager(rng.randrange(6, 20), SIZE, salt=seed)
+    per_chunk = 3 if seed % 2 else None
+    blocks = BlockManager(3 * rng.randrange(3, 7), SIZE, salt=seed, blocks_per_chunk=per_chunk)
     content: dict[int, tuple[str, tuple[int, ...]]] = {}
     live: list[Sequence] = []
     hits = 0
     for step in range(400):
+        if per_chunk and rng.random() < 0.2 and (absent := blocks.absent_chunks()):
+            blocks.add_chunk(rng.choice(absent))
+        if per_chunk and rng.random() < 0.2 and (removable := blocks.removable_chunks(keep_cached=rng.random() < 0.5)):
+            chunk = rng.choice(removable)
+            blocks.remove_chunk(chunk)
+            for block in range(chunk * per_chunk, (chunk + 1) * per_chunk):
+                content.pop(block, None)
         action = rng.random()
         if action < 0.4:
             tokens = [int(rng.randrange(10) == 0) for _ in range(rng.randrange(1, 20))]
@@ -151,4 +162,76 @@ def test_random_histories(seed: int) -> None:
     assert hits > 10, "the test shares too little to prove anything"
     for sequence in live:
         blocks.release(sequence)
-    assert blocks.num_free == blocks.num_blocks
+    assert blocks.num_free == blocks.num_resident
+
+
+# --- chunks that come and go ----------------------------------------------------------------------------------------
+
+
+def test_absent_blocks_cannot_be_taken() -> None:
+    blocks = BlockManager(12, SIZE, blocks_per_chunk=4)
+    assert (blocks.num_resident, blocks.num_free, blocks.num_used) == (0, 0, 0)
+    assert blocks.absent_chunks() == [0, 1, 2]
+    assert not blocks.can_admit(Sequence(0, "", [1], 1), [])
+    blocks.add_chunk(1)
+    sequence = admitted(blocks, [1] * 16)
+    assert sorted(sequence.block_ids) == [4, 5, 6, 7]
+    sequence.token_ids.append(1)
+    assert not blocks.can_grow(sequence)
+    assert (blocks.num_resident, blocks.num_free, blocks.num_used) == (4, 0, 4)
+    blocks.check([sequence])
+
+
+def test_all_blocks_are_there_where_nothing_is_said_about_chunks() -> None:
+    blocks = BlockManager(7, SIZE)
+    assert (blocks.num_resident, blocks.num_free, blocks.absent_chunks()) == (7, 7, [])
+    assert list(admitted(blocks, [1] * 12).block_ids) == [0, 1, 2]
+
+
+def test_low_chunks_are_filled_first() -> None:
+    blocks = BlockManager(12, SIZE, blocks_per_chunk=4)
+    for chunk in (2, 0, 1):
+        blocks.add_chunk(chunk)
+    first, second, third = (admitted(blocks, [1] * 16, sequence_id=i) for i in range(3))
+    blocks.release(second)
+    blocks.release(first)
+    again = admitted(blocks, [1] * 16)
+    assert sorted(again.block_ids) == [0, 1, 2, 3], "not the ones freed last"
+    assert blocks.removable_chunks(keep_cached=True) == [1]
+    blocks.release(third)
+    assert blocks.removable_chunks(keep_cached=True) == [1, 2]
+    blocks.check([again])
+
+
+def test_a_chunk_goes_with_what_it_caches_and_comes_back_blank() -> None:
+    blocks = BlockManager(4, SIZE, blocks_per_chunk=2)
+    blocks.add_chunk(0)
+    blocks.add_chunk(1)
+    running = computed(blocks, admitted(blocks, list(range(10))))  # blocks 0, 1 and 2; two of them are known
+    other = computed(blocks, admitted(blocks, [7] * 4))
+    assert blocks.removable_chunks(keep_cached=False) == []
+    blocks.release(other)
+    blocks.release(running)
+    assert blocks.removable_chunks(keep_cached=True) == []
+    assert blocks.removable_chunks(keep_cached=False) == [0, 1]
+    blocks.remove_chunk(0)
+    blocks.check([])
+    assert blocks.find_prefix(Sequence(0, "", list(range(10)), 10)) == []
+    assert len(blocks.find_prefix(Sequence(0, "", [7] * 5, 5))) == 1
+    blocks.add_chunk(0)
+    assert blocks.removable_chunks(keep_cached=True) == [0]
+    blocks.remove_chunk(1)
+    assert blocks.num_free == blocks.num_resident == 2
+    blocks.check([])
+
+
+def test_a_chunk_in_use_stays() -> None:
+    blocks = BlockManager(4, SIZE, blocks_per_chunk=2)
+    blocks.add_chunk(0)
+    admitted(blocks, [1])
+    with pytest.raises(AssertionError):
+        blocks.remove_chunk(0)
+    with pytest.raises(AssertionError):
+        blocks.remove_chunk(1)
+    with pytest.raises(AssertionError):
+        blocks.add_chunk(0)

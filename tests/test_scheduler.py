@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import TypedDict
 
 import pytest
 
@@ -12,6 +13,11 @@ from serverlesslora.engine.scheduler import Scheduler
 from serverlesslora.engine.sequence import Sequence, SequenceState
 
 SIZE = 4
+
+
+class Limits(TypedDict):
+    max_running: int
+    max_step_tokens: int
 
 
 @dataclass
@@ -82,7 +88,7 @@ class GoldScheduler:
 @pytest.mark.parametrize("seed", range(10))
 def test_equals_gold_model(seed: int) -> None:
     rng = random.Random(seed)
-    limits = {"max_running": rng.randint(1, 8), "max_step_tokens": rng.randint(1, 40)}
+    limits: Limits = {"max_running": rng.randint(1, 8), "max_step_tokens": rng.randint(1, 40)}
     num_blocks = rng.randint(8, 24)
     blocks = BlockManager(num_blocks, SIZE, prefix_cache=False)
     scheduler, gold = Scheduler(blocks, **limits), GoldScheduler(num_blocks, **limits)
@@ -211,3 +217,111 @@ def test_rows_of_one_adapter_are_neighbours() -> None:
     for name, adapter in enumerate(["b", "", "a", "b", "", "a"]):
         scheduler.add(Sequence(name, adapter, [1, 2], 2))
     assert [item.sequence.sequence_id for item in scheduler.schedule()] == [1, 4, 2, 5, 0, 3]
+
+
+# --- room from outside ----------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """A source of chunks that remembers what it was asked for."""
+
+    def __init__(self, blocks: BlockManager, *, chunks: int, lies: bool = False) -> None:
+        self.blocks, self.chunks, self.lies = blocks, chunks, lies
+        self.questions: list[int] = []
+
+    def make_room(self, num_blocks: int) -> bool:
+        self.questions.append(num_blocks)
+        while self.chunks and self.blocks.num_free < num_blocks:
+            self.blocks.add_chunk(self.blocks.absent_chunks()[0])
+            self.chunks -= 1
+        return self.lies or self.blocks.num_free >= num_blocks
+
+
+def running_on(asked: Asked, prompts: list[int]) -> tuple[Scheduler, list[Sequence]]:
+    scheduler = Scheduler(asked.blocks, max_running=8, max_step_tokens=64, make_room=asked.make_room)
+    sequences = [Sequence(name, "", [0] * prompt, prompt) for name, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    step(scheduler)
+    return scheduler, sequences
+
+
+def step(scheduler: Scheduler) -> None:
+    work = scheduler.schedule()
+    scheduler.check()
+    scheduler.commit(work)
+    for item in work:
+        if item.samples:
+            item.sequence.token_ids.append(1)
+
+
+def test_asks_for_room_before_it_refuses() -> None:
+    asked = Asked(BlockManager(16, SIZE, prefix_cache=False, blocks_per_chunk=2), chunks=2)
+    scheduler, (first, second, third) = running_on(asked, [4, 8, 12])
+    # One block for the first; two and one to spare for the second; three and two to spare for the third.
+    assert asked.questions == [1, 3, 5]
+    assert scheduler.running == [first, second] and scheduler.waiting == [third]
+    asked.chunks = 4
+    step(scheduler)
+    assert scheduler.running == [first, second, third]
+
+
+def test_asks_for_room_before_it_preempts() -> None:
+    asked = Asked(BlockManager(16, SIZE, prefix_cache=False, blocks_per_chunk=2), chunks=8)
+    scheduler, sequences = running_on(asked, [4, 4])
+    step(scheduler)
+    assert asked.questions == [1, 2] and asked.blocks.num_free == 0
+    for _ in range(8):
+        step(scheduler)
+    assert asked.questions == [1, 2, 1, 1], "the first had to ask twice; the second got what the chunk had left"
+    assert scheduler.num_preemptions == 0 and scheduler.running == sequences
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_goes_on_without_room_as_if_it_had_not_asked(lies: bool) -> None:
+    asked = Asked(BlockManager(16, SIZE, prefix_cache=False, blocks_per_chunk=2), chunks=2, lies=lies)
+    scheduler, (first, second) = running_on(asked, [4, 4])
+    asked.questions.clear()
+    for _ in range(5):
+        step(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert scheduler.running == [first] and scheduler.waiting == [second]
+    assert asked.questions[0] == 1
+    assert asked.questions.count(1) == 1, "once, then somebody goes"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_with_room_for_the_asking_it_decides_as_with_all_blocks_from_the_start(seed: int) -> None:
+    rng = random.Random(seed)
+    limits: Limits = {"max_running": rng.randint(1, 8), "max_step_tokens": rng.randint(1, 40)}
+    num_blocks = 3 * rng.randint(3, 8)
+    whole = BlockManager(num_blocks, SIZE, prefix_cache=False)
+    parts = BlockManager(num_blocks, SIZE, prefix_cache=False, blocks_per_chunk=3)
+    asked = Asked(parts, chunks=parts.num_chunks)
+    schedulers = [Scheduler(whole, **limits), Scheduler(parts, **limits, make_room=asked.make_room)]
+    pairs: dict[int, list[Sequence]] = {}
+    lengths: dict[int, int] = {}
+    for turn in range(400):
+        if rng.random() < 0.3:
+            prompt = rng.randint(1, 16)
+            pairs[turn] = [Sequence(turn, "", [0] * prompt, prompt) for _ in schedulers]
+            lengths[turn] = prompt + rng.randint(1, 12)
+            for scheduler, sequence in zip(schedulers, pairs[turn], strict=True):
+                scheduler.add(sequence)
+        if rng.random() < 0.3:  # give back what is blank
+            for chunk in parts.removable_chunks(keep_cached=False):
+                parts.remove_chunk(chunk)
+                asked.chunks += 1
+        works = [scheduler.schedule() for scheduler in schedulers]
+        plain = [[(item.sequence.sequence_id, item.start, item.end) for item in work] for work in works]
+        assert plain[0] == plain[1]
+        for scheduler, work in zip(schedulers, works, strict=True):
+            scheduler.check()
+            scheduler.commit(work)
+            for item in work:
+                if item.samples:
+                    item.sequence.token_ids.append(turn)
+                    if item.sequence.num_tokens >= lengths[item.sequence.sequence_id]:
+                        scheduler.remove(item.sequence)
+    assert schedulers[0].num_preemptions == schedulers[1].num_preemptions
+    assert asked.questions

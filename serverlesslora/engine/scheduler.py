@@ -2,16 +2,18 @@
 
 Running sequences go first, decoding before prefilling, oldest first; then waiting ones are admitted. When blocks run
 out the newest running sequence is preempted: it gives up its blocks, keeps its tokens and is computed again later.
-The oldest can thus always proceed, which is why nobody starves. Pure: no tensors, no clock.
+The oldest can thus always proceed, which is why nobody starves. Where more blocks can be had from outside, they are
+asked for before anybody is preempted or left waiting. Pure: no tensors, no clock.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from typing import NamedTuple
 
 from serverlesslora.engine.blocks import BlockManager
-from serverlesslora.engine.sequence import Sequence, SequenceState
+from serverlesslora.engine.sequence import UNKNOWN, Sequence, SequenceState
 
 
 class Work(NamedTuple):
@@ -31,8 +33,18 @@ class Work(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, blocks: BlockManager, *, max_running: int, max_step_tokens: int) -> None:
+    """`make_room(n)` gets memory for more blocks where it can, so that `n` are free; it says whether they are."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        make_room: Callable[[int], bool] | None = None,
+    ) -> None:
         self._blocks = blocks
+        self._make_room = make_room
         self._max_running = max_running
         # Every running sequence must be able to decode, or the newest would never get a turn.
         self._max_step_tokens = max(max_step_tokens, max_running)
@@ -56,11 +68,14 @@ class Scheduler:
         work: list[Work] = []
         budget = self._max_step_tokens
         preemptions_before = self.num_preemptions
+        asked_for: Sequence | None = None  # once for each, whatever the answer was worth
 
         for sequence in [s for s in self.running if s.num_pending == 1]:
             while sequence.state is SequenceState.RUNNING and not self._blocks.can_grow(sequence):
-                # The newest is this one or not yet scheduled: what was scheduled so far is older.
-                self._preempt(self.running[-1])
+                if asked_for is sequence or not self._ask_for_room(self._blocks.free_to_grow(sequence)):
+                    # The newest is this one or not yet scheduled: what was scheduled so far is older.
+                    self._preempt(self.running[-1])
+                asked_for = sequence
             if sequence.state is SequenceState.RUNNING:
                 self._blocks.grow(sequence)
                 work.append(Work(sequence, sequence.num_computed, sequence.num_tokens))
@@ -78,13 +93,40 @@ class Scheduler:
                     continue
                 prefix = self._blocks.find_prefix(sequence)
                 # One spare block for each running sequence, so that their next tokens do not undo the admission.
-                if not self._blocks.can_admit(sequence, prefix, spare=len(self.running)):
+                if not self._can_admit(sequence, prefix, spare=len(self.running)):
                     break
                 self._admit(sequence, prefix)
                 budget -= self._chunk(sequence, budget, work)
 
         work.sort(key=lambda item: item.sequence.adapter)
         return work
+
+    def follow(self, last: list[Work]) -> list[Work]:
+        """The work of the step after `last`, given before the tokens of `last` are known; empty if it is not certain.
+
+        The same sequences decode on, in the same order: nobody waits who could join, nobody needs to be preempted. Each
+        gets UNKNOWN for the token that `last` chooses; `withdraw` takes that back.
+        """
+        if not all(item.samples and item.sequence.state is SequenceState.RUNNING for item in last):
+            return []
+        if len(self.running) != len(last) or (self.waiting and len(self.running) < self._max_running):
+            return []
+        work: list[Work] = []
+        for item in last:
+            sequence = item.sequence
+            sequence.token_ids.append(UNKNOWN)
+            work.append(Work(sequence, item.end, item.end + 1))
+            if not self._blocks.can_grow(sequence):
+                self.withdraw(work)
+                return []
+            self._blocks.grow(sequence)
+        return work
+
+    def withdraw(self, work: list[Work]) -> None:
+        """What `follow` gave is not computed after all; a block it took stays for the token that is coming anyway."""
+        for item in work:
+            unknown = item.sequence.token_ids.pop()
+            assert unknown == UNKNOWN
 
     def commit(self, work: list[Work]) -> None:
         """The step has been computed: its blocks may be shared from now on."""
@@ -104,6 +146,15 @@ class Scheduler:
         count = min(sequence.num_pending, budget)
         work.append(Work(sequence, sequence.num_computed, sequence.num_computed + count))
         return count
+
+    def _can_admit(self, sequence: Sequence, prefix: list[int], *, spare: int) -> bool:
+        if self._blocks.can_admit(sequence, prefix, spare=spare):
+            return True
+        room = self._ask_for_room(self._blocks.free_to_admit(sequence, prefix) + spare)
+        return room and self._blocks.can_admit(sequence, prefix, spare=spare)
+
+    def _ask_for_room(self, num_blocks: int) -> bool:
+        return self._make_room is not None and self._make_room(num_blocks)
 
     def _admit(self, sequence: Sequence, prefix: list[int]) -> None:
         self._blocks.admit(sequence, prefix)

@@ -7,6 +7,9 @@ from array import array
 from dataclasses import dataclass, field
 
 
+UNKNOWN = -1  # in the place of a token that the device has chosen and the host has not seen yet
+
+
 class SequenceState(enum.Enum):
     WAITING = enum.auto()  # holds no blocks
     RUNNING = enum.auto()  # holds blocks for all its tokens
