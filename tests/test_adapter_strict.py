@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from serverlesslora.engine.host_device import HostLora
 from serverlesslora.engine.lora import LoraModel, Segment
 from serverlesslora.engine.lora.patterns import PatternTable
 from serverlesslora.errors import AdapterInvalid
@@ -259,7 +260,8 @@ def test_unloading_frees_the_memory(tmp_path: Path, model: PreTrainedModel, lora
     adapter = lora.load(write(tmp_path, found, CONFIG | {"modules_to_save": ["model.norm"]}), "digest")
     assert adapter.kinds == ("modules_to_save",)
     assert adapter.size_bytes == sum(tensor.nbytes for tensor in found.values())
-    weights = [weakref.ref(part.weights.a) for part in adapter.projections.values() if part.weights is not None]
+    assert isinstance(adapter.lora, HostLora)
+    weights = [weakref.ref(weights.a) for weights in adapter.lora.weights.values()]
     assert len(weights) == 2
     lora.set_segments([Segment(0, 3, adapter)])
     model.get_submodule("model.layers.0.self_attn.q_proj")(torch.randn(1, 3, 32))

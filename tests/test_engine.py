@@ -13,10 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from serverlesslora.engine.blocks import BlockManager, PrefixKey
+from serverlesslora.engine.device import Device
 from serverlesslora.engine.engine import Engine
+from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.sequence import Sequence
+from serverlesslora.engine.shortcuts import take_shortcuts
 from serverlesslora_ipc.messages import (
     Delta,
     Failed,
@@ -78,16 +81,28 @@ class Answer:
 class Bench:
     """An engine on a tiny Llama, driven step by step with every invariant checked after each."""
 
-    def __init__(self, *, blocks: int = 64, clock: Callable[[], float] | None = None, **limits: Any) -> None:
-        self.model = tiny_model()
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        clock: Callable[[], float] | None = None,
+        device: Device = HOST,
+        model: PreTrainedModel | None = None,
+        **limits: Any,
+    ) -> None:
+        self.model = model or tiny_model()
+        lora = LoraModel(self.model, device)
+        if device is not HOST:
+            take_shortcuts(self.model, device)
         self.engine = Engine(
             self.model,
-            LoraModel(self.model),
+            lora,
             TextCodec(byte_tokenizer()),
             WorkerLimits(threads=1, kv_bytes=blocks * BLOCK * KV_TOKEN_BYTES, block_size=BLOCK, **limits),
             clock or ManualClock(tick=0.125),
+            device,
         )
-        assert self.engine.stats().kv_total_blocks == blocks
+        assert self.engine.stats().kv_total_blocks >= blocks
         self.answers: dict[str, Answer] = {}
 
     def load(self, path: Path, digest: str) -> None:

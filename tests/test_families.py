@@ -9,22 +9,31 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from serverlesslora.engine.attention import bytes_per_token
 from serverlesslora.engine.blocks import BlockManager
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.runner import Runner
 from serverlesslora.engine.scheduler import Scheduler
 from serverlesslora.engine.sequence import Sequence
 from serverlesslora.errors import ConfigError
+from serverlesslora_ipc.messages import WorkerLimits
 from tests.fakes import FAMILIES, tiny_model
 
 TOLERANCE = 1e-4
 DECODE_STEPS = 8
+BLOCK = 8
+
+
+def runner_of(model: PreTrainedModel, *, num_blocks: int) -> Runner:
+    kv_bytes = num_blocks * BLOCK * bytes_per_token(model.config.get_text_config(), model.dtype)
+    limits = WorkerLimits(threads=1, kv_bytes=kv_bytes, block_size=BLOCK)
+    return Runner(model, LoraModel(model), limits, max_model_len=64)
 
 
 def paged_twin(family: str) -> tuple[Runner, Scheduler, BlockManager]:
     model = tiny_model(family)
-    blocks = BlockManager(32, 8)
-    runner = Runner(model, LoraModel(model), num_blocks=32, block_size=8, max_model_len=64)
+    blocks = BlockManager(32, BLOCK)
+    runner = runner_of(model, num_blocks=32)
     return runner, Scheduler(blocks, max_running=8, max_step_tokens=8), blocks
 
 
@@ -79,7 +88,7 @@ def test_families_that_cannot_be_paged_are_refused(family: str, monkeypatch: pyt
     monkeypatch.setitem(FAMILIES, family, {"num_local_experts": 2} if family == "llama4_text" else {})
     model = tiny_model(family)
     with pytest.raises(ConfigError):
-        Runner(model, LoraModel(model), num_blocks=8, block_size=8, max_model_len=64)
+        runner_of(model, num_blocks=8)
 
 
 def test_frequencies_do_not_depend_on_neighbours() -> None:
@@ -97,11 +106,11 @@ def test_frequencies_do_not_depend_on_neighbours() -> None:
         "original_max_position_embeddings": 16,
     }
     eager, model = tiny_model("phi3", **changes), tiny_model("phi3", **changes)
-    runner = Runner(model, LoraModel(model), num_blocks=32, block_size=8, max_model_len=64)
+    runner = runner_of(model, num_blocks=32)
     short = list(range(10))
     answers = []
     for neighbours in ([], [list(range(40))], []):
-        scheduler = Scheduler(BlockManager(32, 8), max_running=8, max_step_tokens=64)
+        scheduler = Scheduler(BlockManager(32, BLOCK), max_running=8, max_step_tokens=64)
         for index, tokens in enumerate([short, *neighbours]):
             scheduler.add(Sequence(index, "", list(tokens), len(tokens)))
         out = runner.run(scheduler.schedule(), {})

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
+from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import LoraModel, Segment
 from serverlesslora.engine.shortcuts import _same, take_shortcuts
-from serverlesslora_kernels import fused
 from tests.fakes import tiny_model
 from tests.test_lora_peft import adjacent
 
@@ -64,7 +64,7 @@ def test_the_library_itself_is_not_touched() -> None:
 
 
 def test_a_broken_kernel_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "rms_norm", lambda x, weight, eps, offset=False: x)
+    monkeypatch.setattr(HOST.arithmetic, "rms_norm", lambda x, weight, eps, offset=False: x)
     model = adjacent(tiny_model("llama"))
     expected = logits(model)
     lora = LoraModel(model)

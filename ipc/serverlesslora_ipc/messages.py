@@ -109,6 +109,8 @@ class Ready(Message, frozen=True):
 
     pid: int
     attach_s: float
+    device: str = "cpu"  # its kind, and its name where it has one
+    graphs: str = ""  # on a device: whether decode steps are replayed as graphs, and why not
 
 
 class Loaded(Message, frozen=True):
@@ -217,13 +219,28 @@ class Progress(Message, frozen=True):
     total_bytes: int
 
 
+Sharing = Literal["memfd", "vmm", "vmm-writable", "cuda-ipc"]
+"""How workers see the backbone:
+
+- `memfd`: sealed host memory, mapped read-only; the kernel refuses writes.
+- `vmm`: device memory from a descriptor, mapped read-only; the device refuses writes.
+- `vmm-writable`: the same, but this driver has no read-only access; the digest is verified while idle.
+- `cuda-ipc`: device memory by legacy IPC handle (no descriptors here), writable; the digest is verified while idle.
+"""
+
+
 class Published(Message, frozen=True):
-    """The backbone is sealed; the read-only fd and then the manifest fd travel with this frame."""
+    """The backbone is sealed; the read-only fd and then the manifest fd travel with this frame.
+
+    With `cuda-ipc` there is no weights fd: `handle` takes its place.
+    """
 
     size_bytes: int
     layout_digest: str
     content_digest: str
     seconds: float
+    sharing: Sharing = "memfd"
+    handle: bytes = b""
 
 
 class BackboneFailed(Message, frozen=True):
@@ -277,6 +294,8 @@ class Prepare(Message, frozen=True):
     backbone: str
     num_spares: int = 0  # workers kept forked and rehearsed before anybody asks for one
     limits: WorkerLimits | None = None  # what spares rehearse with
+    sharing: Sharing = "memfd"  # as the host published it
+    handle: bytes = b""
 
 
 class Fork(Message, frozen=True):

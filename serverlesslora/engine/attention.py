@@ -8,14 +8,15 @@ transformers builds no mask: the plan knows which keys a query may see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from serverlesslora.engine.device import KvStore, LayerShape
 from serverlesslora.errors import ConfigError
-from serverlesslora_kernels.attention import AttentionPlan, KvCache, allocate_kv, paged_attention, write_kv
 
 NAME = "serverlesslora_paged"
 _OWNER = "_serverlesslora_paged_attention"
@@ -23,13 +24,12 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class PagedAttention:
-    """The paged KV cache of every layer, and the plan of the step that is being computed."""
+    """Takes attention over from the model: the KV cache of every layer, and the plan of the step being computed."""
 
-    def __init__(self, model: PreTrainedModel, *, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self._layers: dict[int, KvCache] = {}
-        self._plan: AttentionPlan | None = None
+    def __init__(self, model: PreTrainedModel, create_kv: Callable[[Callable[[], list[LayerShape]]], KvStore]) -> None:
+        """`create_kv` may ask for the shapes of all layers."""
+        self._plan: Any = None
+        self._seen: dict[int, LayerShape] | None = None  # while the shapes are found out
         self._calls = 0
         self._num_layers = _require_supported(model)
         self._model = model
@@ -42,18 +42,17 @@ class PagedAttention:
             raise ConfigError(
                 f"{type(model).__name__} cannot be served: it does not use transformers' attention interface"
             )
+        self.kv = create_kv(self._find_shapes)
 
     def close(self) -> None:
         """Give the model back the attention it had."""
+        self.kv.close()
         for module in self._model.modules():
             delattr(module, _OWNER)
         self._model.set_attn_implementation(self._before)
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer)
-
-    def begin(self, plan: AttentionPlan) -> None:
+    def begin(self, plan: Any) -> None:
+        """`plan` is one of `kv.plan`."""
         self._plan, self._calls = plan, 0
 
     def end(self) -> None:
@@ -67,28 +66,18 @@ class PagedAttention:
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """query [1, Hq, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> [1, T, Hq, Dv]"""
-        assert self._plan is not None, "attention outside of a step"
         self._calls += 1
-        keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        cache = self._layers.get(layer)
-        if cache is None:
-            cache = self._layers[layer] = allocate_kv(
-                self.num_blocks,
-                self.block_size,
-                keys.shape[1],
-                keys.shape[2],
-                values.shape[2],
-                keys.dtype,
-                keys.device,
-            )
-        k_cache, v_cache = cache
-        write_kv(k_cache, v_cache, keys, values, self._plan)
+        if self._seen is not None:
+            self._seen[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+            return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        assert self._plan is not None, "attention outside of a step"
         scale = options.get("scaling")
-        out = paged_attention(
+        out = self.kv.attend(
+            layer,
             query[0].transpose(0, 1),
-            k_cache,
-            v_cache,
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
             self._plan,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             # Some families only mention the window on the module and rely on the mask.
@@ -97,6 +86,17 @@ class PagedAttention:
             sinks=options.get("s_aux"),
         )
         return out.unsqueeze(0)
+
+    @torch.inference_mode()
+    def _find_shapes(self) -> list[LayerShape]:
+        """By running one token through the model: what it keeps is nobody's field name."""
+        self._seen, self._calls = {}, 0
+        one = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
+        self._model.base_model(input_ids=one, position_ids=one, use_cache=False)
+        seen, self._seen = self._seen, None
+        self.end()
+        assert sorted(seen) == list(range(self._num_layers))
+        return [seen[layer] for layer in range(self._num_layers)]
 
 
 def attend(

@@ -2,34 +2,42 @@
 
 It ties the parts together and decides nothing itself: the scheduler says what is computed, the runner computes it, the
 sampler chooses, and each request turns its tokens into messages.
+
+A step is launched, then collected. Where decode steps are graphs and tokens are chosen on the device, the next step is
+launched before the last one is collected: its tokens go from one to the other on the device, while the host turns the
+tokens of the step before into text. A sequence that turns out to have ended has one row computed for nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from serverlesslora.engine.attention import bytes_per_token
 from serverlesslora.engine.blocks import BlockManager
+from serverlesslora.engine.device import Choosing, Device
+from serverlesslora.engine.host_device import HOST
+from serverlesslora.engine.kv_pool import KvPool
 from serverlesslora.engine.lora import Adapter, LoraModel
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.request import Request
 from serverlesslora.engine.runner import PromptLogits, Runner, StepOutput
-from serverlesslora.engine.sampler import Sampler
+from serverlesslora.engine.sampler import Sampled
 from serverlesslora.engine.scheduler import Scheduler, Work
 from serverlesslora.engine.sequence import Sequence, SequenceState
 from serverlesslora.errors import (
     AdapterInvalid,
-    ConfigError,
     ContextLengthExceeded,
     InvalidRequest,
     ModelNotFound,
     ServerlessLoraError,
+    Unavailable,
 )
 from serverlesslora_ipc.messages import (
     Failed,
@@ -42,11 +50,26 @@ from serverlesslora_ipc.messages import (
     WorkerToGateway,
 )
 
+FORGET_AFTER_S = 30.0  # of idleness, and cached prefixes are worth less than the memory they hold
+STARVED_S = 30.0
+
 _SCORE_ROWS = 64  # prompt logits turned into log-probabilities at once: bounds the float32 copy
+
+log = logging.getLogger("serverlesslora.engine")
 
 
 class NonFiniteLogits(ServerlessLoraError):
     code = "nan_logits"
+
+
+class _Launched(NamedTuple):
+    """A step on its way."""
+
+    work: list[Work]
+    owners: list[Request]  # of each work
+    result: StepOutput
+    choice: Choosing  # of one token per result.sampling
+    started: float
 
 
 @dataclass(slots=True)
@@ -65,28 +88,39 @@ class Engine:
         text: TextCodec,
         limits: WorkerLimits,
         clock: Callable[[], float],
+        device: Device = HOST,
     ) -> None:
+        """`model` and `lora` are on `device`. Raises ConfigError when the model or the limits cannot be served."""
         config = model.config.get_text_config()
-        block_bytes = bytes_per_token(config, model.dtype) * limits.block_size
-        num_blocks = limits.kv_bytes // block_bytes
-        if num_blocks < 1:
-            raise ConfigError(f"kv_bytes {limits.kv_bytes} is less than one KV block ({block_bytes} bytes)")
         trained = int(getattr(config, "max_position_embeddings", None) or limits.max_model_len or 2048)
         self.max_model_len = min(limits.max_model_len or trained, trained)
-        self.kv_tokens = num_blocks * limits.block_size
+        self.limits = limits
         self._lora = lora
         self._text = text
         self._clock = clock
+        self._runner = Runner(model, lora, limits, max_model_len=self.max_model_len, device=device)
+        kv = self._runner.kv
+        self.kv_tokens = kv.num_blocks * limits.block_size
         self._blocks = BlockManager(
-            num_blocks, limits.block_size, prefix_cache=limits.prefix_cache, salt=secrets.randbits(64)
+            kv.num_blocks,
+            limits.block_size,
+            prefix_cache=limits.prefix_cache,
+            salt=secrets.randbits(64),
+            blocks_per_chunk=kv.elastic.blocks_per_chunk if kv.elastic else None,
         )
+        self._pool: KvPool | None = None
+        if kv.elastic is not None:
+            elastic = kv.elastic
+            self._pool = KvPool(
+                self._blocks, elastic, chunk_bytes=elastic.chunk_bytes, reserve_bytes=elastic.reserve_bytes
+            )
         self._scheduler = Scheduler(
-            self._blocks, max_running=limits.max_running, max_step_tokens=limits.max_step_tokens
+            self._blocks,
+            max_running=limits.max_running,
+            max_step_tokens=limits.max_step_tokens,
+            make_room=self._pool.make_room if self._pool else None,
         )
-        self._runner = Runner(
-            model, lora, num_blocks=num_blocks, block_size=limits.block_size, max_model_len=self.max_model_len
-        )
-        self._sampler = Sampler()
+        self._sampler = device.create_sampler()
         self._adapters: dict[str, _LoadedAdapter] = {}
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, Request] = {}
@@ -94,6 +128,20 @@ class Engine:
         self._sequence_ids = itertools.count()
         self._num_steps = 0
         self._busy_s = 0.0
+        self._ahead: _Launched | None = None
+        self._collected_at = float("-inf")
+        self._starved_since: float | None = None
+
+    def capture(self) -> None:
+        """Record decode steps as graphs where the device has them; takes seconds, nothing may be running."""
+        assert not self._requests
+        if self._runner.graphs is not None:
+            self._runner.graphs.capture()
+
+    @property
+    def graphs_state(self) -> str:
+        """What decode steps run on, for people."""
+        return "none on this device" if self._runner.graphs is None else self._runner.graphs.state
 
     def close(self) -> None:
         """Leave the model to another engine; nothing may be running."""
@@ -173,32 +221,101 @@ class Engine:
             prefix_query_tokens=self._scheduler.num_prefix_query,
         )
 
+    @property
+    def is_starved(self) -> bool:
+        """Requests wait for memory that other processes hold: another step at once would change nothing."""
+        return self._starved_since is not None
+
+    def rest(self, idle_s: float) -> int:
+        """For a caller that has had nothing to do for so long: memory goes back to the device, caches last.
+
+        Returns the bytes given back.
+        """
+        assert not self._requests
+        if self._pool is None:
+            return 0
+        if idle_s >= FORGET_AFTER_S:
+            return self._pool.give_back(keep_cached=False, keep_chunks=0)
+        return self._pool.give_back(keep_cached=True)
+
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self) -> list[WorkerToGateway]:
         out, self._outbox = self._outbox, []
+        launched, self._ahead = self._ahead, None
+        if launched is None:
+            launched = self._launch(out)
+        if launched is None:
+            self._starve(out)
+            return out
+        following = self._launch_after(launched)
+        self._collect(launched, out)
+        self._ahead = following if self._requests else None
+        return out
+
+    def _starve(self, out: list[WorkerToGateway]) -> None:
+        """Nothing can be computed: either nothing waits, or what waits gets no memory. The oldest is told in the end."""
+        if not self._scheduler.waiting:
+            return
+        now = self._clock()
+        self._starved_since = now if self._starved_since is None else self._starved_since
+        if now - self._starved_since > STARVED_S:
+            reason = self._pool.last_reason if self._pool else "no block is free"
+            log.warning("no memory for a request in %.0f s: %s", STARVED_S, reason)
+            error = Unavailable("the device's memory is taken by other functions; try again", retry_after_s=5)
+            self._fail(self._request_of[self._scheduler.waiting[0]], error, out)
+
+    def _launch(self, out: list[WorkerToGateway]) -> _Launched | None:
         started = self._clock()
         work = self._scheduler.schedule()
         if not work:
-            return out
+            return None
+        self._starved_since = None
         owners = [self._request_of[item.sequence] for item in work]
-        requests = dict.fromkeys(owners)
-        for request in requests:
+        for request in dict.fromkeys(owners):
             if request.started_at is None:
                 out.append(request.start(started))
-        result = self._runner.run(work, {digest: entry.adapter for digest, entry in self._adapters.items()})
-        self._scheduler.commit(work)
+        result = self._runner.run(work, self._loaded)
+        rows = [self._request_of[sequence].sample_row(sequence) for sequence in result.sampling]
+        return _Launched(work, owners, result, self._sampler.begin(result.logits, rows), started)
+
+    def _launch_after(self, last: _Launched) -> _Launched | None:
+        """Launch the step that follows `last` without knowing its tokens, if nothing can need another step first."""
+        tokens = last.choice.tokens
+        if tokens is None or self._runner.graphs is None:
+            return None
+        work = self._scheduler.follow(last.work)
+        if not work:
+            return None
+        started = self._clock()
+        owners = [self._request_of[item.sequence] for item in work]
+        rows = [owner.sample_row(item.sequence) for owner, item in zip(owners, work, strict=True)]
+        may_end = any(owner.is_complete(item.sequence) for owner, item in zip(owners, work, strict=True))
+        if may_end or not self._sampler.is_on_device(rows) or not self._runner.graphs.fits(work, self._loaded):
+            self._scheduler.withdraw(work)
+            return None
+        logits = self._runner.graphs.run(work, self._loaded, tokens=tokens)
+        result = StepOutput([item.sequence for item in work], logits, [])
+        return _Launched(work, owners, result, self._sampler.begin(logits, rows), started)
+
+    def _collect(self, launched: _Launched, out: list[WorkerToGateway]) -> None:
+        work, owners, result, choice, started = launched
+        # Who was aborted since the launch is not there any more.
+        requests = [request for request in dict.fromkeys(owners) if self._is_open(request)]
+        self._scheduler.commit([item for item in work if item.sequence in self._request_of])
         self._score(result.scoring, out)
         for request in requests:
             out += request.echo()
-        self._sample(result, out)
+        self._advance(result.sampling, [item.end for item in work if item.samples], choice.wait(), out)
         self._end_scored(work, out)
-        self._account(work, owners, self._clock() - started)
+        self._account(work, owners, started)
         for request in requests:
-            if request.has_ended and request.message.request_id in self._requests:
+            if request.has_ended and self._is_open(request):
                 out.append(request.finish())
                 self._drop(request)
-        return out
+
+    def _is_open(self, request: Request) -> bool:
+        return self._requests.get(request.message.request_id) is request
 
     def _end_scored(self, work: list[Work], out: list[WorkerToGateway]) -> None:
         """Sequences that do not sample end with their prompt."""
@@ -220,31 +337,37 @@ class Engine:
                     break
                 request.prompt_scores += scored
 
-    def _sample(self, result: StepOutput, out: list[WorkerToGateway]) -> None:
-        rows = [self._request_of[s].sample_row(s) if s in self._request_of else None for s in result.sampling]
-        kept = [index for index, row in enumerate(rows) if row is not None]  # the others failed while scoring
-        logits = result.logits if len(kept) == len(rows) else result.logits[kept]
-        sampled = self._sampler.sample(logits, [row for row in rows if row is not None])
-        for index, token in zip(kept, sampled, strict=True):
-            sequence = result.sampling[index]
+    def _advance(
+        self, sequences: list[Sequence], places: list[int], sampled: list[Sampled], out: list[WorkerToGateway]
+    ) -> None:
+        """Give each sequence its token, at the place behind the last one that was computed."""
+        for sequence, place, token in zip(sequences, places, sampled, strict=True):
             request = self._request_of.get(sequence)
             if request is None:
-                continue  # another choice of the same request has failed in this step
+                continue  # aborted, or it failed while it was scored, or another choice of it has failed here
             if not token.ok:
                 self._fail(request, NonFiniteLogits(_NAN), out)
                 continue
-            sequence.token_ids.append(token.token_id)
+            sequence.token_ids[place:] = [token.token_id]
             delta = request.advance(sequence, token)
             out.append(delta)
             if delta.finish_reason is not None:
                 self._end(sequence)
 
-    def _account(self, work: list[Work], owners: list[Request], elapsed: float) -> None:
+    def _account(self, work: list[Work], owners: list[Request], started: float) -> None:
+        """Time is counted once: a step that was launched early begins where the one before it ended."""
+        now = self._clock()
+        elapsed = now - max(started, self._collected_at)
+        self._collected_at = now
         self._num_steps += 1
         self._busy_s += elapsed
         per_token = elapsed / sum(item.num_tokens for item in work)
         for item, request in zip(work, owners, strict=True):
             request.device_s += per_token * item.num_tokens
+
+    @property
+    def _loaded(self) -> dict[str, Adapter]:
+        return {digest: entry.adapter for digest, entry in self._adapters.items()}
 
     def _load(self, path: Path, digest: str) -> _LoadedAdapter:
         adapter = self._lora.load(path, digest)

@@ -84,6 +84,10 @@ class Request:
             self.text.detokenizer(self.prompt_ids, skip_special_tokens=params.skip_special_tokens),
         )
 
+    def is_complete(self, sequence: Sequence) -> bool:
+        """Whether it has as many tokens as it may have, whatever they are."""
+        return sequence.num_output >= self.max_tokens
+
     def sample_row(self, sequence: Sequence) -> SampleRow:
         choice, params = self.choices[sequence], self.message.sampling
         penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from serverlesslora.engine.attention import PagedAttention
+from serverlesslora.engine.decode_graphs import DecodeGraphs
+from serverlesslora.engine.device import Device
+from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import Adapter, LoraModel, Segment
 from serverlesslora.engine.scheduler import Work
 from serverlesslora.engine.sequence import Sequence
-from serverlesslora_kernels.attention import AttentionPlan
+from serverlesslora_ipc.messages import WorkerLimits
 
 
 class PromptLogits(NamedTuple):
@@ -26,20 +29,36 @@ class PromptLogits(NamedTuple):
 
 class StepOutput(NamedTuple):
     sampling: list[Sequence]  # the sequences whose next token can be sampled, in the order of the rows
-    logits: Tensor  # [len(sampling), vocab] float32
+    logits: Tensor  # [len(sampling), vocab] in the model's dtype
     scoring: list[PromptLogits]
 
 
 class Runner:
     def __init__(
-        self, model: PreTrainedModel, lora: LoraModel, *, num_blocks: int, block_size: int, max_model_len: int
+        self,
+        model: PreTrainedModel,
+        lora: LoraModel,
+        limits: WorkerLimits,
+        *,
+        max_model_len: int,
+        device: Device = HOST,
     ) -> None:
         self._model: Any = model
         self._lora = lora
-        self._block_size = block_size
         self._device = model.device
-        self.attention = PagedAttention(model, num_blocks=num_blocks, block_size=block_size)
-        self._row_segments: list[Segment] = []
+        self.attention = PagedAttention(model, lambda shapes: device.create_kv(model, limits, shapes))
+        self.kv = self.attention.kv
+        self.graphs: DecodeGraphs | None = None
+        if device.graphs is not None:
+            self.graphs = DecodeGraphs(
+                model,
+                lora,
+                self.attention,
+                device.graphs,
+                max_rows=limits.max_running,
+                max_blocks=min(self.kv.num_blocks, -(-max_model_len // limits.block_size)),
+            )
+        self._row_segments: list[Segment] | None = None
         freeze_rope(model, max_model_len)
         # The head sees other rows than the body, and it may carry LoRA too.
         self._hook = model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
@@ -51,7 +70,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, work: list[Work], adapters: Mapping[str, Adapter]) -> StepOutput:
-        """`adapters` maps a digest to the loaded adapter."""
+        """`adapters` maps a digest to the loaded adapter. Logits are valid until the next step."""
+        if self.graphs is not None and self.graphs.fits(work, adapters):
+            return StepOutput([item.sequence for item in work], self.graphs.run(work, adapters), [])
         wanted = [_wanted_positions(item) for item in work]
         rows: list[int] = []
         start = 0
@@ -75,7 +96,7 @@ class Runner:
                 sampled_rows.append(row - 1)
         if len(sampled_rows) < len(rows):
             logits = logits[sampled_rows]
-        return StepOutput(sampling, logits.float(), scoring)
+        return StepOutput(sampling, logits, scoring)
 
     def _forward(
         self, work: list[Work], rows: list[int], row_counts: list[int], adapters: Mapping[str, Adapter]
@@ -86,12 +107,10 @@ class Runner:
         self._lora.set_segments(_segments(work, [item.num_tokens for item in work], adapters))
         self._row_segments = _segments(work, row_counts, adapters)
         self.attention.begin(
-            AttentionPlan.build(
+            self.kv.plan(
                 [item.num_tokens for item in work],
                 [item.end for item in work],
                 [item.sequence.block_ids for item in work],
-                self._block_size,
-                self._device,
             )
         )
         inputs = {
@@ -107,10 +126,12 @@ class Runner:
             self._model.base_model(**inputs)
             logits = torch.empty(0, 1, device=self._device)
         self.attention.end()
+        self._row_segments = None
         return logits
 
     def _enter_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
-        self._lora.set_segments(self._row_segments)
+        if self._row_segments is not None:  # else the head sees the same rows as the body
+            self._lora.set_segments(self._row_segments)
 
 
 def freeze_rope(model: PreTrainedModel, max_model_len: int) -> None:

@@ -61,8 +61,29 @@ class Sampled(NamedTuple):
 UNUSABLE = Sampled(token_id=-1, ok=False)
 
 
+class _OnHost(NamedTuple):
+    """Chosen when it is asked for; there is nothing to overlap with."""
+
+    sampler: Sampler
+    logits: torch.Tensor
+    rows: Sequence[SampleRow]
+
+    @property
+    def tokens(self) -> None:
+        return None
+
+    def wait(self) -> list[Sampled]:
+        return self.sampler.sample(self.logits, self.rows)
+
+
 class Sampler:
     """Stateless: everything a draw depends on is in the row."""
+
+    def begin(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> _OnHost:
+        return _OnHost(self, logits, rows)
+
+    def is_on_device(self, rows: Sequence[SampleRow]) -> bool:
+        return False
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         """One token per row of `logits` [n, vocab]; columns of -inf are ids that the row's vocabulary does not have."""
@@ -96,10 +117,10 @@ def _on_host(logits: torch.Tensor) -> Floats:
 
 def _is_plain_greedy(row: SampleRow) -> bool:
     params = row.params
-    return params.temperature < GREEDY_BELOW and params.logprobs is None and not _is_adjusted(row)
+    return params.temperature < GREEDY_BELOW and params.logprobs is None and not is_adjusted(row)
 
 
-def _is_adjusted(row: SampleRow) -> bool:
+def is_adjusted(row: SampleRow) -> bool:
     params = row.params
     return bool(
         row.banned
@@ -113,7 +134,7 @@ def _is_adjusted(row: SampleRow) -> bool:
 def _sample_row(values: Floats, row: SampleRow) -> Sampled:
     if not math.isfinite(values.max()):  # NaN and +inf win every maximum; -inf means that nothing is there
         return UNUSABLE
-    scores = _adjusted(values, row) if _is_adjusted(row) else values
+    scores = _adjusted(values, row) if is_adjusted(row) else values
     best = int(scores.argmax())
     if not math.isfinite(scores[best]):
         return UNUSABLE

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from serverlesslora.engine.device import LoadedLora
     from serverlesslora.engine.lora.occasional import OccasionalSite, Part
     from serverlesslora.engine.lora.projection import Projection, ProjectionPart
 
@@ -20,6 +21,7 @@ class Adapter:
         digest: str,
         *,
         projections: Mapping[Projection, ProjectionPart],
+        lora: LoadedLora,
         others: Mapping[OccasionalSite, Part],
         kinds: tuple[str, ...],
         rank: int,
@@ -28,15 +30,25 @@ class Adapter:
     ) -> None:
         self.digest = digest
         self.projections = dict(projections)
+        self.lora = lora
         self.others = dict(others)
         self.kinds = kinds
         self.rank = rank
         self.vocab_size = vocab_size
         self.modules = modules
+        self._is_plain = not self.others and not any(
+            part.before or part.after or part.width > projection.width or projection.is_output
+            for projection, part in self.projections.items()
+        )
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self._tensors()
         }
-        self.size_bytes = sum(storages.values()) + sum(part.size_bytes for part in self.projections.values())
+        self.size_bytes = sum(storages.values()) + lora.nbytes
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but LoRA factors on linears of the body: what a fixed plan of slots can compute."""
+        return self._is_plain
 
     def _tensors(self) -> Iterator[Tensor]:
         for part in (*self.projections.values(), *self.others.values()):

@@ -129,7 +129,7 @@ class Draft:
         order = sorted(range(len(indices)), key=indices.__getitem__)
         self.kinds.add("tokens")
         self.adapted.add(name)
-        return torch.tensor(sorted(indices)), rows[torch.tensor(order)]
+        return torch.tensor(sorted(indices), device=rows.device), rows[torch.tensor(order, device=rows.device)]
 
 
 def shaped(found: Found, expected: tuple[int, ...], name: str) -> Tensor:

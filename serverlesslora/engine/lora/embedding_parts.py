@@ -50,7 +50,7 @@ def add_embedding(draft: Draft, site: EmbeddingSite, tensors: ModuleTensors) -> 
         draft.kinds.add("embedding")
         draft.expect(magnitude, draft.settings.dora, "use_dora", f"{name}.lora_magnitude_vector")
         if magnitude is not None:
-            total = torch.zeros(width, dtype=torch.float32)
+            total = torch.zeros(width, dtype=torch.float32, device=weight.device)
             for start in range(0, size, DORA_ROWS):
                 rows = slice(start, start + DORA_ROWS)
                 merged = torch.addmm(

@@ -43,8 +43,8 @@ def _expert_factors(
     lora_b = shaped(b, (out, rank * experts), full)
     draft.note(full, rank)
     return ExpertFactors(
-        lora_a.view(experts, rank, inner).clone(),  # not a view that keeps the whole file
-        lora_b.view(out, rank, experts).permute(2, 0, 1).contiguous(),
+        lora_a.view(experts, rank, inner).to(parameter.device, copy=True),  # not a view that keeps the whole file
+        lora_b.view(out, rank, experts).permute(2, 0, 1).contiguous().to(parameter.device),
         draft.settings.scale_of(full, rank),
     )
 
@@ -87,7 +87,8 @@ def _merged(draft: Draft, tensors: ModuleTensors, depth: str, full: str, paramet
     out, inner = parameter.shape
     rank = draft.settings.rank_of(full)
     a, b = _pair(draft, tensors, depth, full)
-    lora_a, lora_b = shaped(a, (rank, inner), full), shaped(b, (out, rank), full)
+    lora_a = shaped(a, (rank, inner), full).to(parameter.device)
+    lora_b = shaped(b, (out, rank), full).to(parameter.device)
     draft.note(full, rank)
     draft.kinds.add("parameters")
     scale = draft.settings.scale_of(full, rank)

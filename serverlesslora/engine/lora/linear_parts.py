@@ -96,11 +96,11 @@ def _magnitude(
     draft: Draft, found: Found, weight: Tensor, factors: LoraFactors, bias: Tensor | None, name: str
 ) -> Magnitude:
     magnitude = shaped(found, (weight.shape[0],), name)
-    norm = torch.empty(weight.shape[0], dtype=torch.float32)
-    a = factors.a.float()
+    norm = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    a, b = factors.a.to(weight.device).float(), factors.b.to(weight.device)
     for start in range(0, weight.shape[0], DORA_ROWS):
         rows = slice(start, start + DORA_ROWS)
-        merged = torch.addmm(weight[rows].float(), factors.b[rows].float(), a, alpha=factors.scale)
+        merged = torch.addmm(weight[rows].float(), b[rows].float(), a, alpha=factors.scale)
         norm[rows] = torch.linalg.vector_norm(merged, dim=1)
     draft.kinds.add("dora")
     return Magnitude(dora_factor(magnitude, norm, found), bias)

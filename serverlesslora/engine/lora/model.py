@@ -7,8 +7,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from serverlesslora.engine.device import Device, LoraStore
+from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora.adapter import Adapter
 from serverlesslora.engine.lora.batch import Batch, Segment
+from serverlesslora.engine.lora.projection import Projection
 from serverlesslora.engine.lora.sites import Sites
 from serverlesslora.engine.lora.strict import load_adapter
 
@@ -16,9 +19,9 @@ from serverlesslora.engine.lora.strict import load_adapter
 class LoraModel:
     """The backbone's weights are only read; an adapter's tensors live here until it is unloaded."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: Device = HOST) -> None:
         self._batch = Batch()
-        self._sites = Sites(model, self._batch)
+        self._sites = Sites(model, self._batch, device)
 
     @property
     def vocab_size(self) -> int:
@@ -28,6 +31,19 @@ class LoraModel:
     def set_segments(self, segments: Sequence[Segment]) -> None:
         """Announce the rows that the next forward (of the body, or of lm_head alone) will see, sorted, no gaps."""
         self._batch.set(segments)
+
+    @property
+    def batch(self) -> Batch:
+        return self._batch
+
+    @property
+    def store(self) -> LoraStore:
+        return self._sites.store
+
+    @property
+    def projections(self) -> Sequence[Projection]:
+        """In the order the model tree has them; the output embedding's is among them if it is a plain linear."""
+        return self._sites.projections
 
     def load(self, path: Path, digest: str) -> Adapter:
         """Read a PEFT directory strictly; raises AdapterInvalid with the reason for the adapter's owner."""
@@ -43,4 +59,5 @@ class LoraModel:
         self._batch.forget(adapter)
         for site in adapter.others:
             site.release()
+        self._sites.store.unload(adapter.lora)
         adapter.clear()

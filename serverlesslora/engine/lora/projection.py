@@ -1,7 +1,7 @@
 """Backbone projections with the adapters' part added by segments; fused where the weights allow it.
 
-The backbone's own matrix multiplications all go through `backbone_linear`: the seam at which another executor could
-one day serve several domains at once.
+The backbone's own matrix multiplications all go through the device's `linear`: the seam at which another executor
+could one day serve several domains at once.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from serverlesslora.engine.device import Arithmetic, LoadedLora, Update
 from serverlesslora.engine.lora.batch import Batch, Segment
 from serverlesslora.engine.lora.groups import join_adjacent, join_biases
 from serverlesslora.engine.lora.overlays import Overlay
-from serverlesslora_kernels.linear import linear as backbone_linear
-from serverlesslora_kernels.segments import LoraPiece, LoraWeights, SegmentTable
-from serverlesslora_kernels.sgmv import sgmv
+from serverlesslora_kernels.segments import LoraPiece
 
 
 class LoraFactors(NamedTuple):
@@ -54,37 +52,41 @@ class LinearSite:
 
 
 class ProjectionPart(NamedTuple):
-    """What one adapter does to one projection: its sites' parts, packed as the kernels read them."""
+    """What one adapter does to one projection, taken together from its sites; the factors are in a `LoadedLora`."""
 
-    weights: LoraWeights | None
+    has_lora: bool
     before: tuple[tuple[int, Overlay], ...]  # with the column at which each begins
     after: tuple[tuple[int, Overlay], ...]
     width: int
-
-    @property
-    def size_bytes(self) -> int:
-        return 0 if self.weights is None else self.weights.nbytes
 
     @property
     def tensors(self) -> list[Tensor | None]:
         return [tensor for _, overlay in (*self.before, *self.after) for tensor in overlay.tensors]
 
 
-def pack(parts: Mapping[LinearSite, LinearPart], dtype: torch.dtype) -> dict[Projection, ProjectionPart]:
-    """Copy the parts of an adapter into one entry per matrix multiplication of the backbone."""
-    grouped: dict[Projection, list[tuple[LinearSite, LinearPart]]] = {}
+class Grouped(NamedTuple):
+    """An adapter's parts by matrix multiplication of the backbone instead of by site."""
+
+    parts: dict[Projection, ProjectionPart]
+    pieces: dict[Projection, list[LoraPiece]]  # the plain factors, not copied yet
+
+
+def group(parts: Mapping[LinearSite, LinearPart]) -> Grouped:
+    members: dict[Projection, list[tuple[LinearSite, LinearPart]]] = {}
     for site, part in parts.items():
-        grouped.setdefault(site.projection, []).append((site, part))
-    packed: dict[Projection, ProjectionPart] = {}
-    for projection, members in grouped.items():
-        pieces = [LoraPiece(*part.factors, site.offset) for site, part in members if part.factors is not None]
-        packed[projection] = ProjectionPart(
-            LoraWeights.pack(pieces, dtype) if pieces else None,
-            tuple((site.offset, overlay) for site, part in members for overlay in part.before),
-            tuple((site.offset, overlay) for site, part in members for overlay in part.after),
-            max(projection.width, *(part.width for _, part in members)),
+        members.setdefault(site.projection, []).append((site, part))
+    grouped = Grouped({}, {})
+    for projection, found in members.items():
+        pieces = [LoraPiece(*part.factors, site.offset) for site, part in found if part.factors is not None]
+        if pieces:
+            grouped.pieces[projection] = pieces
+        grouped.parts[projection] = ProjectionPart(
+            bool(pieces),
+            tuple((site.offset, overlay) for site, part in found for overlay in part.before),
+            tuple((site.offset, overlay) for site, part in found for overlay in part.after),
+            max(projection.width, *(part.width for _, part in found)),
         )
-    return packed
+    return grouped
 
 
 class _Slow(NamedTuple):
@@ -97,25 +99,36 @@ class _Slow(NamedTuple):
         self.overlay.apply(y[self.start : self.end, self.offset :], x[self.start : self.end])
 
 
-class _Plan(NamedTuple):
+class ProjectionPlan(NamedTuple):
     """The work one batch of segments gives to one projection."""
 
-    table: SegmentTable | None
-    before: list[_Slow]
-    after: list[_Slow]
+    update: Update | None
+    before: Sequence[_Slow]
+    after: Sequence[_Slow]
     width: int
+
+
+NOTHING = ProjectionPlan(None, (), (), 0)
 
 
 class Projection:
     """One matrix multiplication of the backbone over one or several sites, plus what the adapters add."""
 
-    def __init__(self, batch: Batch, sites: Sequence[LinearSite]) -> None:
+    def __init__(self, batch: Batch, sites: Sequence[LinearSite], arithmetic: Arithmetic) -> None:
         self._batch = batch
+        self._arithmetic = arithmetic
+        self._linear = arithmetic.linear
         self.name = sites[0].name
+        self.in_features = sites[0].in_features
+        self.columns: list[tuple[int, int]] = []  # first column and width of each site
         self.width = 0
+        self.is_output = False  # set where it is the model's head, whose rows are not the body's
+        self.into: Tensor | None = None  # the next output is added to this instead of being returned by itself
         for site in sites:
             site.projection, site.offset = self, self.width
+            self.columns.append((self.width, site.out_features))
             self.width += site.out_features
+        self.dtype = sites[0].weight.dtype
         if len(sites) == 1:
             self._weight, self._bias = sites[0].weight, sites[0].bias
         else:
@@ -125,14 +138,38 @@ class Projection:
             self._bias = join_biases([site.module for site in sites if isinstance(site.module, nn.Linear)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = backbone_linear(x, self._weight, self._bias)
+        if self.into is not None:
+            return self._accumulate(x, self.into)
+        y = self._linear(x, self._weight, self._bias)
         return self._adapt(y, x) if self._batch.adapted else y
 
-    def _adapt(self, y: Tensor, x: Tensor) -> Tensor:
+    def _accumulate(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += everything this projection makes of x; returns the very `residual` that was asked for.
+
+        What overwrites or scales an output must see it alone: then the sum is made afterwards.
+        """
+        self.into = None
+        plan = self.current_plan if self._batch.adapted else NOTHING
+        if self._bias is not None or plan.before or plan.after or plan.width > self.width:
+            residual += self.forward(x)
+            return residual
+        rows, out = x.reshape(-1, x.shape[-1]), residual.view(-1, self.width)
+        self._arithmetic.add_linear(out, rows, self._weight)
+        if plan.update is not None:
+            self._batch.check(rows.shape[0], self.name)
+            plan.update.apply(out, rows)
+        return residual
+
+    @property
+    def current_plan(self) -> ProjectionPlan:
         plans = self._batch.plans
-        plan: _Plan | None = plans.get(self)
+        plan: ProjectionPlan | None = plans.get(self)
         if plan is None:
             plan = plans[self] = self._plan(self._batch.adapted)
+        return plan
+
+    def _adapt(self, y: Tensor, x: Tensor) -> Tensor:
+        plan = self.current_plan
         if not plan.width:
             return y
         rows = x.reshape(-1, x.shape[-1])
@@ -144,14 +181,14 @@ class Projection:
         out = y.view(-1, plan.width)
         for slow in plan.before:
             slow.apply(out, rows)
-        if plan.table is not None:
-            sgmv(out, rows, plan.table)
+        if plan.update is not None:
+            plan.update.apply(out, rows)
         for slow in plan.after:
             slow.apply(out, rows)
         return y
 
-    def _plan(self, segments: Sequence[Segment]) -> _Plan:
-        entries: list[tuple[int, int, LoraWeights | None]] = []
+    def _plan(self, segments: Sequence[Segment]) -> ProjectionPlan:
+        entries: list[tuple[int, int, LoadedLora]] = []
         before: list[_Slow] = []
         after: list[_Slow] = []
         width = 0
@@ -160,15 +197,16 @@ class Projection:
             part = adapter.projections.get(self)
             if part is None:
                 continue
-            weights, replaced, overlaid, part_width = part
+            has_lora, replaced, overlaid, part_width = part
             width = max(width, part_width)
-            if weights is not None:
-                entries.append((start, end, weights))
+            if has_lora:
+                entries.append((start, end, adapter.lora))
             if replaced:
                 before += [_Slow(start, end, offset, overlay) for offset, overlay in replaced]
             if overlaid:
                 after += [_Slow(start, end, offset, overlay) for offset, overlay in overlaid]
-        return _Plan(SegmentTable(entries) if entries else None, before, after, width)
+        update = self._batch.store.update(self, entries, self._batch) if entries else None
+        return ProjectionPlan(update, before, after, width)
 
 
 class FusedGroup:
@@ -178,14 +216,18 @@ class FusedGroup:
     for the first time) computes again: correct for any order of calls.
     """
 
-    def __init__(self, batch: Batch, sites: Sequence[LinearSite]) -> None:
+    def __init__(self, batch: Batch, sites: Sequence[LinearSite], arithmetic: Arithmetic) -> None:
         self._batch = batch
-        self._joint = Projection(batch, sites)
+        self._joint = Projection(batch, sites, arithmetic)
         self.sizes = [site.out_features for site in sites]
         self._input: Tensor | None = None
         self._version = self._epoch = -1
         self._outputs: list[Tensor | None] = []
         self._open = 0
+
+    @property
+    def projection(self) -> Projection:
+        return self._joint
 
     def joint(self, x: Tensor) -> Tensor:
         """All siblings' outputs side by side, for a caller that wants them so."""

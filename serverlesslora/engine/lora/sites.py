@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from serverlesslora.engine.device import Device
 from serverlesslora.engine.lora.batch import Batch
 from serverlesslora.engine.lora.groups import find_groups
 from serverlesslora.engine.lora.occasional import EmbeddingSite, ExpertsSite, LeafSite, OccasionalSite, is_experts
@@ -16,8 +17,9 @@ from serverlesslora.engine.lora.projection import FusedGroup, LinearSite, Projec
 class Sites:
     """Wraps every linear in place on construction; other kinds of sites are made when an adapter names them."""
 
-    def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
+    def __init__(self, model: PreTrainedModel, batch: Batch, device: Device) -> None:
         self._batch = batch
+        self._arithmetic = device.arithmetic
         self.model_name = type(model).__name__
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.linears = {
@@ -37,21 +39,29 @@ class Sites:
         self.vocab_size = weight.shape[0]
         self.tied = output is not None and output.weight.data_ptr() == weight.data_ptr()
         self.dtype: torch.dtype = weight.dtype
+        self.device = weight.device
+        self.projections: list[Projection] = []
         self._wrap(model)
+        if self.output_name in self.linears:
+            self.linears[self.output_name].projection.is_output = True
+        self.store = batch.store = device.create_lora_store(self.projections)
 
     def _wrap(self, model: PreTrainedModel) -> None:
         fused: set[str] = set()
         for members in find_groups(model):
             if any(name in fused or name not in self.linears for name, _ in members):
                 continue
-            group = FusedGroup(self._batch, [self.linears[name] for name, _ in members])
+            group = FusedGroup(self._batch, [self.linears[name] for name, _ in members], self._arithmetic)
             self.groups.append(group)
+            self.projections.append(group.projection)
             for index, (name, module) in enumerate(members):
                 module.__dict__["forward"] = group.first if index == 0 else _Later(group, index)
                 fused.add(name)
         for name, site in self.linears.items():
             if name not in fused:
-                site.module.__dict__["forward"] = Projection(self._batch, [site]).forward
+                projection = Projection(self._batch, [site], self._arithmetic)
+                self.projections.append(projection)
+                site.module.__dict__["forward"] = projection.forward
 
     def other(self, name: str) -> OccasionalSite | None:
         """The site of a module that is not a linear, or None where adapters cannot change such a module."""

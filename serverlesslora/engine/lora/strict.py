@@ -12,7 +12,7 @@ from serverlesslora.engine.lora.adapter import Adapter
 from serverlesslora.engine.lora.builder import add
 from serverlesslora.engine.lora.draft import Draft
 from serverlesslora.engine.lora.names import ModuleTensors, by_module
-from serverlesslora.engine.lora.projection import pack
+from serverlesslora.engine.lora.projection import group
 from serverlesslora.engine.lora.settings import LoraSettings, read_settings
 from serverlesslora.engine.lora.sites import Sites
 from serverlesslora.engine.lora.tensor_file import read_tensors
@@ -20,7 +20,8 @@ from serverlesslora.errors import AdapterInvalid
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PACKED = ("lora_A.weight", "lora_B.weight")  # copied by the kernels; others must not keep the file's buffer alive
+# Copied into the kernels' form; the others go to the device as they are and must not keep the file's buffer alive.
+_PACKED = ("lora_A.weight", "lora_B.weight")
 
 
 def load_adapter(path: Path, digest: str, sites: Sites) -> Adapter:
@@ -40,7 +41,7 @@ def build_adapter(settings: LoraSettings, tensors: dict[str, Tensor], digest: st
     unchanged = _unchanged(modules.values(), sites)
     if any(not key.endswith(_PACKED) for key in tensors):
         tensors = {
-            key: tensor if key.endswith(_PACKED) else tensor.clone()
+            key: tensor if key.endswith(_PACKED) else tensor.to(sites.device, copy=True)
             for key, tensor in tensors.items()
             if key not in unchanged
         }
@@ -57,9 +58,11 @@ def build_adapter(settings: LoraSettings, tensors: dict[str, Tensor], digest: st
     _check_complete(settings, draft, sites)
     if not (draft.linears or draft.others or unchanged):
         raise AdapterInvalid("the adapter holds no trained tensor")
+    grouped = group(draft.linears)
     return Adapter(
         digest,
-        projections=pack(draft.linears, sites.dtype),
+        projections=grouped.parts,
+        lora=sites.store.load(grouped.pieces, sites.dtype),
         others=draft.others,
         kinds=tuple(sorted(draft.kinds)),
         rank=draft.rank,
@@ -75,7 +78,7 @@ def _unchanged(modules: Iterable[ModuleTensors], sites: Sites) -> dict[str, str]
         owner = sites.modules.get(module.name)
         for name, (key, tensor) in module.parameters.items():
             own = None if owner is None else getattr(owner, name, None)
-            if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(own, tensor):
+            if isinstance(own, Tensor) and own.shape == tensor.shape and torch.equal(own, tensor.to(own.device)):
                 keys[key] = f"{module.name}.{name}"
     return keys
 

@@ -1,0 +1,155 @@
+"""Recording a computation once and replaying it without Python: CUDA graphs, and their twin on host memory.
+
+A graph repeats exactly what was launched while it was captured, on the same memory: values that Python computed are
+baked in, so everything that changes from one replay to the next must be in a tensor that is overwritten in place. The
+twin keeps that rule: it replays the recorded torch operators and Triton launches into the tensors they produced at
+capture. What would be stale on a GPU is stale in the twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+_aten = torch.ops.aten
+# Operators whose result Python waits for, or whose shape depends on data.
+_WAITS = {
+    _aten._local_scalar_dense,
+    _aten.is_nonzero,
+    _aten.equal,
+    _aten.nonzero,
+    _aten.masked_select,
+    _aten._unique2,
+    _aten.unique_dim,
+    _aten.unique_consecutive,
+    _aten.bincount,
+}
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index}
+
+
+class NotCapturable(Exception):
+    """The computation looks at its data on the way; the message names the operator."""
+
+
+class Graph(Protocol):
+    def replay(self) -> None: ...
+
+
+class Captured(NamedTuple):
+    graph: Graph
+    output: Tensor  # overwritten by every replay
+
+
+class Capture(Protocol):
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        """Raises NotCapturable. `function` may run several times; its last run is what is repeated."""
+
+
+class CudaCapture:
+    """CUDA graphs that share one memory pool: they are replayed one at a time, so their temporaries may overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            with _Guard():
+                function()
+            function()  # libraries allocate and choose on their first calls, which a capture would not survive
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = function()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            raise NotCapturable(str(error).splitlines()[0]) from error
+        self._pool = self._pool or graph.pool()
+        return Captured(graph, output)
+
+
+class RecordedCapture:
+    """The twin: eager on any device, with a graph's semantics."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        recorder = _Recorder()
+        with recorder:
+            output = function()
+        return Captured(recorder, output)
+
+
+class _Guard(TorchDispatchMode):
+    """Lets operators through unless a capture could not contain them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func._can_decompose():  # what is made of other operators is looked at in its parts
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        _refuse_waiting(func, args)
+        return self._compute(func, args, kwargs or {})
+
+    def _compute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+class _Recorder(_Guard):
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: list[Callable[[], None]] = []
+
+    def _compute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        if any(alias is not None and not alias.is_write for alias in aliases):
+            return result  # a view: it stays one
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        fresh = [
+            out if alias is None and isinstance(out, Tensor) else None
+            for out, alias in zip(outputs, aliases, strict=False)
+        ]
+
+        def again() -> None:
+            repeated = func(*args, **kwargs)
+            for place, out in zip(fresh, repeated if isinstance(repeated, (tuple, list)) else (repeated,), strict=False):
+                if place is not None:
+                    place.copy_(out)
+
+        self._steps.append(again)
+        return result
+
+    def launch(self, program: Any, grid: Sequence[int], arguments: Sequence[Any], options: dict[str, Any]) -> None:
+        """A Triton program, told by `serverlesslora_kernels.cuda.launch`."""
+
+        def run() -> None:
+            program[tuple(grid)](*arguments, **options)
+
+        with _disable_current_modes():  # an interpreter may compute with torch itself
+            run()
+        self._steps.append(run)
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            for step in self._steps:
+                step()
+
+
+def _refuse_waiting(func: Any, args: Sequence[Any]) -> None:
+    packet = getattr(func, "overloadpacket", func)
+    if packet in _WAITS or str(func) == "aten.repeat_interleave.Tensor":
+        raise NotCapturable(f"it waits for the result of {func}")
+    if packet in _INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+        raise NotCapturable(f"{func} selects by a mask, so the size of its result is data")
+    if packet in (_aten._to_copy, _aten.copy_):
+        _refuse_host_copy(func, args)
+
+
+def _refuse_host_copy(func: Any, args: Sequence[Any]) -> None:
+    places = {value.device.type for value in args if isinstance(value, Tensor) and value.ndim}
+    if len(places) > 1:
+        raise NotCapturable(f"{func} copies between host and device")
