@@ -1,4 +1,4 @@
-"""Import before any module with Triton programs: without a GPU they run in Triton's interpreter."""
+"""Without a GPU, Triton programs run in its interpreter; Triton reads that wish once, when it is first imported."""
 
 import os
 
