@@ -306,7 +306,8 @@ class Engine:
         self._score(result.scoring, out)
         for request in requests:
             out += request.echo()
-        self._advance(result.sampling, [item.end for item in work if item.samples], choice.wait(), out)
+        places = {item.sequence: item.end for item in work}
+        self._advance(result.sampling, [places[sequence] for sequence in result.sampling], choice.wait(), out)
         self._end_scored(work, out)
         self._account(work, owners, started)
         for request in requests:

@@ -97,7 +97,7 @@ def sgmv_rows(
         rows,
         K=k,
         T_WIDTH=scratch.width,
-        SPLIT_K=ROWS_SPLIT_K,
+        SPLIT_K=min(ROWS_SPLIT_K, _multiple(k, _BLOCK_K)),
         BLOCK_K=_BLOCK_K,
         BLOCK_R=_BLOCK_R,
         RANK_PROGRAMS=_RANK_PROGRAMS,
@@ -136,6 +136,7 @@ def sgmv_tiles(
     block_r = 16 if max_total_rank <= 16 else 32 if max_total_rank <= 32 else 64
     t = torch.empty(splits * rows * max_total_rank, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32
+    block_k = 32 if exact else 64
     launch(
         programs.shrink_tiles,
         (len(tiles.entries), splits, -(-max_total_rank // block_r)),
@@ -147,9 +148,9 @@ def sgmv_tiles(
         rows,
         max_total_rank,
         K=k,
-        SPLIT_K=TILES_SPLIT_K,
+        SPLIT_K=min(TILES_SPLIT_K, _multiple(k, block_k)),
         BLOCK_M=tiles.block_rows,
-        BLOCK_K=32 if exact else 64,
+        BLOCK_K=block_k,
         BLOCK_R=block_r,
         PRECISION="ieee",
         INTERPRETED=INTERPRETED.value,
@@ -206,6 +207,10 @@ def _sites(layout: ProjectionLayout) -> dict[str, int]:
 
 def _column_blocks(layout: ProjectionLayout, block_n: int) -> int:
     return sum(-(-width // block_n) for _, width in layout.sites)
+
+
+def _multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
 
 
 def _power_of_two(value: int) -> int:

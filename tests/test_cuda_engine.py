@@ -1,0 +1,178 @@
+"""The engine on the emulated device: the interpreter, recorded graphs, elastic KV; tokens are a lonely eager run's.
+
+What the twin of a CUDA graph repeats is what was recorded, so an input that is not refreshed shows here as on a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from serverlesslora.engine.cuda.device import CudaDevice
+from serverlesslora.engine.cuda.lora_store import DeviceLora
+from serverlesslora.engine.decode_graphs import DecodeGraphs
+from serverlesslora_ipc.cuda.driver import Driver, open_driver
+from serverlesslora_ipc.messages import Finished
+from tests.fakes import merge_adapter, tiny_model, write_adapter
+from tests.test_engine import Bench, prompt_of, solo
+
+RANKS = {"a": 2, "b": 3, "c": 8, "wide": 33}
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Driver]:
+    monkeypatch.setenv("SERVERLESSLORA_EMULATED_DEVICE", f"engine-{id(request)}")
+    driver = open_driver("emulated")
+    driver.start()
+    yield driver
+    driver.stop()
+
+
+@pytest.fixture
+def device(driver: Driver) -> CudaDevice:
+    return CudaDevice("emulated", driver)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, model = tmp_path_factory.mktemp("adapters"), tiny_model()
+    return {name: write_adapter(root / name, model, rank=rank, seed=rank, scale=0.4) for name, rank in RANKS.items()}
+
+
+@pytest.fixture(scope="module")
+def oracles(adapters: dict[str, Path]) -> dict[str, PreTrainedModel]:
+    return {"": tiny_model()} | {name: merge_adapter(tiny_model(), path) for name, path in adapters.items()}
+
+
+def graphs_of(bench: Bench) -> DecodeGraphs:
+    graphs = bench.engine._runner.graphs
+    assert graphs is not None
+    return graphs
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step that a graph computed."""
+    rows: list[int] = []
+    run = DecodeGraphs.run
+
+    def counted(self: DecodeGraphs, work: list[object], *args: object, **options: object) -> torch.Tensor:
+        rows.append(len(work))
+        return run(self, work, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DecodeGraphs, "run", counted)
+    return rows
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["graphs", "eager"])
+def test_interleaved_requests_get_the_tokens_of_a_lonely_run(
+    captured: bool,
+    device: CudaDevice,
+    adapters: dict[str, Path],
+    oracles: dict[str, PreTrainedModel],
+    replays: list[int],
+) -> None:
+    rng = random.Random(7)
+    bench = Bench(blocks=256, device=device, max_running=2, max_step_tokens=12)
+    if captured:
+        bench.engine.capture()
+        assert bench.engine.graphs_state == "on, up to 2 rows"
+    expected: dict[str, list[int]] = {}
+    for index, name in enumerate(["", "a", "wide", "a"] if captured else ["", "c"]):
+        if name:
+            bench.load(adapters[name], name)  # adapters come while others run
+        prompt, count = prompt_of(rng, 16), rng.randint(3, 5)
+        bench.ask(f"r{index}", prompt, name or None, max_tokens=count)
+        expected[f"r{index}"] = solo(oracles[name], prompt, count)
+        bench.step()
+    bench.run()
+    for name, tokens in expected.items():
+        assert bench.answers[name].tokens() == tokens, name
+        assert isinstance(bench.answers[name].end, Finished)
+    assert bool(replays) is captured
+
+
+def test_a_sampled_request_gets_the_same_tokens_as_on_the_host(device: CudaDevice, adapters: dict[str, Path]) -> None:
+    params = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5, "max_tokens": 6}
+    benches = [Bench(blocks=64), Bench(blocks=64, device=device, max_running=2)]
+    benches[1].engine.capture()
+    for bench in benches:
+        bench.load(adapters["a"], "a")
+        bench.ask("plain", [1, 2, 3], "a", **params)
+        bench.ask("penalised", [4, 5], None, **params, presence_penalty=0.5, logprobs=2)
+        bench.run()
+    for name in ("plain", "penalised"):
+        assert benches[0].answers[name].tokens() == benches[1].answers[name].tokens()
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read(device: CudaDevice, replays: list[int]) -> None:
+    bench = Bench(blocks=64, device=device, max_running=1)
+    bench.engine.capture()
+    answer = bench.ask("r", [1, 2, 3], max_tokens=5)
+    bench.step()
+    assert len(answer.deltas) == 1, "the prompt's token is known"
+    assert len(replays) == 1, "and the step after it is on its way"
+    assert bench.engine._ahead is not None
+    bench.run()
+    assert answer.tokens() == solo(tiny_model(), [1, 2, 3], 5)
+    assert len(replays) == 4, "nothing is launched behind the last token"
+
+
+def test_a_request_aborted_while_its_step_is_on_its_way(
+    device: CudaDevice, oracles: dict[str, PreTrainedModel]
+) -> None:
+    bench = Bench(blocks=64, device=device, max_running=2)
+    bench.engine.capture()
+    bench.ask("gone", [9, 8, 7], max_tokens=30)
+    kept = bench.ask("kept", [1, 2, 3], max_tokens=6)
+    bench.step()
+    assert bench.engine._ahead is not None
+    bench.engine.abort("gone")
+    bench.engine.check()
+    again = bench.ask("gone", [5, 5], max_tokens=4)  # the name may come back at once
+    bench.run()
+    assert kept.tokens() == solo(oracles[""], [1, 2, 3], 6)
+    assert again.tokens() == solo(oracles[""], [5, 5], 4)
+
+
+def test_an_adapter_dropped_from_the_device_comes_back(
+    device: CudaDevice, adapters: dict[str, Path], oracles: dict[str, PreTrainedModel]
+) -> None:
+    bench = Bench(blocks=64, device=device, max_running=2)
+    for name in ("a", "b"):
+        bench.load(adapters[name], name)
+        bench.ask(f"first {name}", [1, 2, 3], name, max_tokens=3)
+    bench.run()
+    store = device._store
+    assert store is not None
+    before = store.resident_bytes
+    assert store.drop_unused() == before > 0
+    assert store.resident_bytes == 0
+    answers = {name: bench.ask(f"then {name}", [1, 2, 3], name, max_tokens=3) for name in ("b", "a")}
+    bench.run()
+    assert store.resident_bytes == before
+    for name, answer in answers.items():
+        assert answer.tokens() == solo(oracles[name], [1, 2, 3], 3)
+
+
+def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
+    device: CudaDevice, adapters: dict[str, Path], oracles: dict[str, PreTrainedModel]
+) -> None:
+    bench = Bench(blocks=64, device=device, max_running=1)
+    bench.engine.capture()
+    slots = set()
+    for name in ("wide", "a", "c"):
+        bench.load(adapters[name], name)
+        lora = bench.engine._adapters[name].adapter.lora
+        assert isinstance(lora, DeviceLora)
+        slots.add(lora.slot)
+        answer = bench.ask(name, [1, 2, 3], name, max_tokens=3)
+        bench.run()
+        assert answer.tokens() == solo(oracles[name], [1, 2, 3], 3)
+        bench.engine.unload_adapter(name)
+    assert len(slots) == 1
