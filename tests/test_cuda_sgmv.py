@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from tests.triton_interpreter import DEVICE  # before anything that holds Triton programs
+
+# isort: split
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from serverlesslora_kernels.cuda.lora_table import LoraTables, PackedAdapter, ProjectionLayout
+from serverlesslora_kernels.cuda.sgmv import Scratch, Tiles, sgmv_rows, sgmv_tiles
 from serverlesslora_kernels.reference import sgmv as oracle
 from serverlesslora_kernels.segments import LoraPiece
-from tests.triton_interpreter import DEVICE  # before anything that holds Triton programs
-
-from serverlesslora_kernels.cuda.lora_table import FIELDS, LoraTables, PackedAdapter, ProjectionLayout
-from serverlesslora_kernels.cuda.sgmv import Scratch, Tiles, sgmv_rows, sgmv_tiles
 
 QKV = ProjectionLayout(96, ((0, 80), (80, 24), (104, 24)))
 GATE_UP = ProjectionLayout(96, ((0, 136), (136, 136)))
 DOWN = ProjectionLayout(1100, ((0, 64),))  # more than two parts of the inner dimension, the last not whole
-DOUBLE = ProjectionLayout(2100, ((0, 40), (40, 40)))  # the same for the tiles' longer parts
+DOUBLE = ProjectionLayout(1100, ((0, 40), (40, 40)))  # the same for the tiles' longer parts
 
 # Relative to the largest output: one rounding of y (and of nothing else: t stays float32), float32 sums elsewhere.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -105,7 +110,7 @@ POPULARITY = {
     "some bare": [-1, 0, -1, 3, 1],
     "all bare": [-1, -1],
 }
-MIXED_RANKS = {
+MIXED_RANKS: dict[ProjectionLayout, list[tuple[int, ...]]] = {
     QKV: [(1, 0, 3), (16, 16, 16), (0, 8, 0), (33, 5, 64)],
     GATE_UP: [(8, 8), (0, 1), (3, 0), (20, 40)],
     DOWN: [(1,), (8,), (16,), (70,)],
@@ -221,7 +226,26 @@ def test_factors_that_do_not_fit_are_named() -> None:
         PackedAdapter.pack([[piece]], [QKV], torch.float32, pin=False)
     with pytest.raises(ValueError, match="1 to 4 sites"):
         LoraTables([ProjectionLayout(8, ((0, 8),) * 5)], 1, torch.float32, DEVICE)
-    assert FIELDS == 18
+    piece = LoraPiece(torch.zeros(2, 96), torch.zeros(24, 2), 1.0, 80)
+    with pytest.raises(ValueError, match="two pieces for one site"):
+        PackedAdapter.pack([[piece, piece]], [QKV], torch.float32, pin=False)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_new_tokens_have_columns_of_their_own(dtype: torch.dtype) -> None:
+    """Each adapter with a B as tall as its vocabulary; y is as wide as the widest, and beyond an adapter's own end
+    its rows keep what they had."""
+    backbone, heights, layout = 100, (100, 103, 170), ProjectionLayout(72, ((0, 100),))
+    grown = [pieces_of(ProjectionLayout(72, ((0, h),)), (5 + h % 4,), dtype, h) for h in heights]
+    slots = [0, 1, 1, 2, -1, 0]
+    world = World(layout, dtype, grown, len(slots))
+    world.y = torch.randn(len(slots), max(heights) + 4).to(DEVICE, dtype)
+    y = world.tiles(slots)
+    world.check(y, slots)
+    for row, slot in enumerate(slots):
+        end = heights[slot] if slot >= 0 else 0
+        assert torch.equal(y[row, end:], world.y[row, end:])
+    assert torch.equal(world.rows(slots)[:, backbone:], world.y[:, backbone:]), "rows: the backbone's columns only"
 
 
 def test_random_batches() -> None:
@@ -232,3 +256,39 @@ def test_random_batches() -> None:
         world = World(GATE_UP, torch.float32, adapters, len(slots))
         world.check(world.rows(slots), slots)
         world.check(world.tiles(slots), slots)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from serverlesslora_kernels.cuda.sgmv import compile_cases
+
+seen = set()
+for case in compile_cases():
+    types = case.signature
+    if case.program.__name__ in seen or "*bf16" not in types.values():
+        continue
+    seen.add(case.program.__name__)
+    # What a launch tells the compiler of tensors and row strides, and a bare signature does not.
+    whole = [i for i, (name, type) in enumerate(types.items()) if type[0] == "*" or name in ("x_row", "y_row")]
+    source = ASTSource(case.program, types, case.constexprs, {(i,): [["tt.divisibility", 16]] for i in whole})
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    copies = [line for line in ptx.splitlines() if "cp.async" in line and "shared" in line]
+    print(case.program.__name__, ptx.count("ld.global.b16"), ptx.count("ld.global.v4"), len(copies),
+          sum("0x10" in line for line in copies))
+"""
+
+
+def test_weights_are_read_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    """The compiler believes in an address from a table only what it is told; untold, every load is two bytes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    counts = {name: [int(each) for each in rest] for name, *rest in map(str.split, run.stdout.splitlines())}
+    assert counts.keys() == {"shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles"}
+    for narrow, wide, copies, wide_copies in counts.values():
+        assert narrow <= 1, "only expand_rows may read y so: one column per thread"
+        assert wide + wide_copies > 0 and copies == wide_copies

@@ -17,8 +17,10 @@ from torch import Tensor
 from serverlesslora_kernels.segments import LoraPiece
 
 MAX_SITES = 4
-# int64 per projection and slot: A's address and total rank, then per site B's address, rank, first rank, scale.
-FIELDS = 2 + 4 * MAX_SITES
+# int64 per projection and slot: A's address and total rank, per site B's address, rank, first rank, scale; HEIGHT.
+FIELDS = 3 + 4 * MAX_SITES
+# Which of them holds the rows of the last site's B: more than its width when the adapter brings new tokens.
+HEIGHT = FIELDS - 1
 # A row of B is padded to so many ranks: 16 bytes, so that rows are read with whole vector loads.
 RANK_ALIGNMENT = 8
 _ALIGNMENT = 128  # bytes, of every matrix: a whole memory transaction
@@ -59,7 +61,8 @@ class PackedAdapter:
         """`pieces[i]` are the factors for projection i (none: it is not changed); `offset` names a piece's site.
 
         `pin` page-locks the buffer, which makes its copies to the device asynchronous. Raises ValueError for factors
-        that do not fit the layouts.
+        that do not fit the layouts. B of the last site may have rows beyond its width: columns of new tokens, which
+        only the tiles form writes, and only into a y that has them.
         """
         fields = [[0] * FIELDS for _ in layouts]
         copies: list[tuple[int, Tensor, int]] = []  # offset, source, padded columns
@@ -67,6 +70,8 @@ class PackedAdapter:
         for row, group, layout in zip(fields, pieces, layouts, strict=True):
             for piece in group:
                 _check(piece, layout)
+            if len({piece.offset for piece in group}) < len(group):
+                raise ValueError(f"two pieces for one site: columns {[piece.offset for piece in group]}")
             if not group:
                 continue
             row[0], first = end, 0
@@ -76,6 +81,8 @@ class PackedAdapter:
                 end += rank * layout.in_features * dtype.itemsize
                 site = 2 + 4 * _site(piece, layout)
                 row[site + 1 : site + 4] = [rank, first, _float_bits(piece.scale)]
+                if piece.offset == layout.sites[-1][0]:
+                    row[HEIGHT] = len(piece.b)
                 first += rank
             row[1] = first
             for piece in group:
@@ -110,7 +117,7 @@ class PackedAdapter:
         """int64 [num_projections, FIELDS] for a copy of the buffer that starts at `base_address`."""
         absolute = self._relative.clone()
         absolute[:, 0] += base_address * (absolute[:, 1] > 0)
-        for site in range(2, FIELDS, 4):
+        for site in range(2, HEIGHT, 4):
             absolute[:, site] += base_address * (absolute[:, site + 1] > 0)
         return absolute
 
@@ -147,9 +154,10 @@ def _site(piece: LoraPiece, layout: ProjectionLayout) -> int:
 
 
 def _check(piece: LoraPiece, layout: ProjectionLayout) -> None:
-    rank = piece.a.shape[0]
-    widths = dict(layout.sites)
-    if piece.a.shape != (rank, layout.in_features) or piece.b.shape != (widths.get(piece.offset, -1), rank):
+    (rank, k), widths = piece.a.shape, dict(layout.sites)
+    width = widths.get(piece.offset, -1)
+    grows = piece.offset == layout.sites[-1][0] and len(piece.b) > width  # new tokens
+    if k != layout.in_features or piece.b.shape[1:] != (rank,) or not (grows or len(piece.b) == width):
         raise ValueError(
             f"a {[*piece.a.shape]}, b {[*piece.b.shape]} at column {piece.offset} do not fit {layout.in_features}"
             f" inputs and sites {layout.sites}"

@@ -22,16 +22,13 @@ from serverlesslora_kernels.cuda.launch import launch
 from serverlesslora_kernels.cuda.lora_table import FIELDS, MAX_SITES, ProjectionLayout
 from serverlesslora_kernels.cuda.recorded import CompileCase, record, unique
 from serverlesslora_kernels.cuda.triton_code import sgmv as programs
-from serverlesslora_kernels.cuda.triton_code.precision import INTERPRETED
 
 # One row's share of the inner dimension per program, independent of the batch, so that a row's sums always have the
 # same order: 8 programs per row for 4096 inputs, each with 16 KB of A for 16 ranks.
 ROWS_SPLIT_K = 512
 # Fewer, longer parts for tiles: they fill the device by their number, and every part costs a pass over t.
-TILES_SPLIT_K = 2048
-_BLOCK_K = 256
+TILES_SPLIT_K = 1024
 _BLOCK_R = 16
-_RANK_PROGRAMS = 4  # q, k and v of rank 16 in one turn, one tile of ranks left over
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def sgmv_rows(
     splits = -(-k // ROWS_SPLIT_K)
     launch(
         programs.shrink_rows,
-        (rows, splits, _RANK_PROGRAMS),
+        (rows, splits, _rank_programs(rows * splits)),
         scratch.memory,
         x,
         table,
@@ -97,10 +94,9 @@ def sgmv_rows(
         rows,
         K=k,
         T_WIDTH=scratch.width,
-        SPLIT_K=min(ROWS_SPLIT_K, _multiple(k, _BLOCK_K)),
-        BLOCK_K=_BLOCK_K,
+        # The whole part at once: all its loads are under way before the first is needed.
+        BLOCK_K=min(ROWS_SPLIT_K, _power_of_two(k)),
         BLOCK_R=_BLOCK_R,
-        RANK_PROGRAMS=_RANK_PROGRAMS,
         num_warps=4,
     )
     block_n = 256 if layout.width >= 8192 else 128
@@ -136,7 +132,7 @@ def sgmv_tiles(
     block_r = 16 if max_total_rank <= 16 else 32 if max_total_rank <= 32 else 64
     t = torch.empty(splits * rows * max_total_rank, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32
-    block_k = 32 if exact else 64
+    block_k = max(16, min(32 if exact else 128, _power_of_two(k)))
     launch(
         programs.shrink_tiles,
         (len(tiles.entries), splits, -(-max_total_rank // block_r)),
@@ -148,18 +144,17 @@ def sgmv_tiles(
         rows,
         max_total_rank,
         K=k,
-        SPLIT_K=min(TILES_SPLIT_K, _multiple(k, block_k)),
+        SPLIT_K=min(TILES_SPLIT_K, -(-k // block_k) * block_k),
         BLOCK_M=tiles.block_rows,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
-        PRECISION="ieee",
-        INTERPRETED=INTERPRETED.value,
         num_warps=4,
-        num_stages=2 if exact else 3,
+        num_stages=2 if exact else 4 if block_r < 64 else 3,  # up to 96 KB: two programs per SM
     )
+    wide = _widened(layout, y.shape[1])
     launch(
         programs.expand_tiles,
-        (len(tiles.entries), _column_blocks(layout, 64)),
+        (len(tiles.entries), _column_blocks(wide, 64)),
         y,
         t,
         table,
@@ -167,13 +162,13 @@ def sgmv_tiles(
         y.stride(0),
         rows,
         max_total_rank,
-        **_sites(layout),
+        **_sites(wide),
+        SITES=len(layout.sites),
         SPLITS=splits,
         BLOCK_M=tiles.block_rows,
         BLOCK_N=64,
         BLOCK_R=16 if exact else min(block_r, 32),
-        # t is float32; three TF32 products keep its bits on the tensor cores, B's 16-bit values are exact in one.
-        PRECISION="ieee" if exact else "tf32x3",
+        TALL=wide.width > layout.width,
         num_warps=4,
         num_stages=2,
     )
@@ -197,7 +192,23 @@ def compile_cases() -> list[CompileCase]:
             for block_rows, rank in ((16, 16), (32, 48), (64, 256)):
                 tiles = Tiles(torch.empty(2, 3, dtype=torch.int32, device=meta), block_rows, 32)
                 cases += record(lambda: sgmv_tiles(y, x, table, layout, tiles, rank))  # noqa: B023
+        tall = torch.empty(32, layout.width + 64, dtype=dtype, device=meta)  # of the last layout: new tokens
+        cases += record(lambda: sgmv_tiles(tall, x, table, layout, tiles, 16))  # noqa: B023
     return unique(cases)
+
+
+def _rank_programs(programs: int) -> int:
+    """How many share one row's tiles of ranks; no sum depends on it. Few rows need many, to use the whole device.
+
+    At least 4: q, k and v of rank 16 in one turn. Those beyond the rank of a row end at once.
+    """
+    return max(4, min(16, 8 * 132 // max(1, programs)))
+
+
+def _widened(layout: ProjectionLayout, columns: int) -> ProjectionLayout:
+    """With the last site taking all columns of a y that has more of them than the backbone."""
+    *sites, (first, width) = layout.sites
+    return ProjectionLayout(layout.in_features, (*sites, (first, max(width, columns - first))))
 
 
 def _sites(layout: ProjectionLayout) -> dict[str, int]:
@@ -207,10 +218,6 @@ def _sites(layout: ProjectionLayout) -> dict[str, int]:
 
 def _column_blocks(layout: ProjectionLayout, block_n: int) -> int:
     return sum(-(-width // block_n) for _, width in layout.sites)
-
-
-def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 def _power_of_two(value: int) -> int:

@@ -8,9 +8,10 @@ neighbours.
 import triton
 import triton.language as tl
 
-from serverlesslora_kernels.cuda.triton_code.precision import rounded
+from serverlesslora_kernels.cuda.triton_code.precision import dot, rounded
 
-FIELDS = tl.constexpr(18)  # lora_table.FIELDS
+FIELDS = tl.constexpr(19)  # lora_table.FIELDS
+HEIGHT = tl.constexpr(18)  # lora_table.HEIGHT
 
 
 @triton.jit
@@ -32,12 +33,10 @@ def shrink_rows(
     rows,
     K: tl.constexpr,
     T_WIDTH: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    RANK_PROGRAMS: tl.constexpr,
 ):
-    """One row, one part of K, every RANK_PROGRAMS-th tile of ranks."""
+    """One row, one part of K, and of the tiles of ranks every so many-th as there are programs for them."""
     row, split = tl.program_id(0), tl.program_id(1)
     slot = tl.load(row_slots + row)
     if slot >= 0:
@@ -48,20 +47,17 @@ def shrink_rows(
             a = address(entry, x.dtype.element_ty)
             x_at = x + row.to(tl.int64) * x_row
             t_at = t + (split * rows + row).to(tl.int64) * T_WIDTH
-            for start in range(first, rank, RANK_PROGRAMS * BLOCK_R):
+            k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+            here = k < K
+            values = tl.load(x_at + k, mask=here, other=0.0).to(tl.float32)
+            for start in range(first, rank, tl.num_programs(2) * BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
-                acc = tl.zeros((BLOCK_R,), tl.float32)
-                for step in range(0, SPLIT_K, BLOCK_K):
-                    k = split * SPLIT_K + step + tl.arange(0, BLOCK_K)
-                    here = k < K
-                    values = tl.load(x_at + k, mask=here, other=0.0).to(tl.float32)
-                    weights = tl.load(
-                        a + r[:, None].to(tl.int64) * K + k[None, :],
-                        mask=(r < rank)[:, None] & here[None, :],
-                        other=0.0,
-                    )
-                    acc += tl.sum(weights.to(tl.float32) * values[None, :], axis=1)
-                tl.store(t_at + r, acc, mask=r < rank)
+                weights = tl.load(
+                    a + r[:, None].to(tl.int64) * K + k[None, :],
+                    mask=(r < rank)[:, None] & here[None, :],
+                    other=0.0,
+                )
+                tl.store(t_at + r, tl.sum(weights.to(tl.float32) * values[None, :], axis=1), mask=r < rank)
 
 
 @triton.jit
@@ -143,8 +139,6 @@ def shrink_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """A tile of one segment's rows, one part of K, one tile of ranks."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -166,9 +160,7 @@ def shrink_tiles(
             weights = tl.load(
                 a + r[None, :].to(tl.int64) * K + k[:, None], mask=(r < rank)[None, :] & here[:, None], other=0.0
             )
-            if INTERPRETED:
-                values, weights = values.to(tl.float32), weights.to(tl.float32)
-            acc = tl.dot(values, weights, acc, input_precision=PRECISION)
+            acc += dot(values, weights)
         t_at = t + (split * rows + m[:, None]).to(tl.int64) * t_width + r[None, :]
         tl.store(t_at, acc, mask=(m < end)[:, None] & (r < rank)[None, :])
 
@@ -190,13 +182,18 @@ def expand_tiles(
     W1: tl.constexpr,
     W2: tl.constexpr,
     W3: tl.constexpr,
+    SITES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TALL: tl.constexpr,
 ):
-    """A tile of one segment's rows, one block of columns of one site. t stays float32 into the product."""
+    """A tile of one segment's rows, one block of columns of one site.
+
+    The product takes 16-bit factors: t enters as the sum of two, which is 2**-16 (bfloat16) from what float32 holds.
+    TALL: y has columns beyond the layout, and the last site's B as many rows as the table says.
+    """
     tile = tl.program_id(0)
     start, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
     slot = tl.load(tiles + 3 * tile + 2).to(tl.int64)
@@ -211,6 +208,9 @@ def expand_tiles(
         m = start + tl.arange(0, BLOCK_M)
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         stride = (rank + 7) // 8 * 8
+        if TALL:
+            height = tl.load(table + slot * FIELDS + HEIGHT).to(tl.int32)
+            width = tl.where(site == SITES - 1, tl.minimum(width, height), width)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r_start in range(0, rank, BLOCK_R):
             r = r_start + tl.arange(0, BLOCK_R)
@@ -224,7 +224,10 @@ def expand_tiles(
                 mask=(n < width)[None, :] & (r < stride)[:, None],
                 other=0.0,
             )
-            acc = tl.dot(values, weights.to(tl.float32), acc, input_precision=PRECISION)
+            leading = rounded(values, weights.dtype)
+            acc += dot(leading, weights)
+            if weights.dtype != tl.float32:
+                acc += dot(rounded(values - leading.to(tl.float32), weights.dtype), weights)
         y_at = y + m[:, None].to(tl.int64) * y_row + offset + n[None, :]
         held = (m < end)[:, None] & (n < width)[None, :]
         before = tl.load(y_at, mask=held, other=0.0).to(tl.float32)
