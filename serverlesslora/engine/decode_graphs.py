@@ -50,9 +50,7 @@ class GraphDevice(Protocol):
 
     def create_rows(self, rows: int, max_blocks: int, block_size: int) -> FixedRows: ...
 
-    def fixed_plans(
-        self, projections: Sequence[Projection], row_slots: Tensor
-    ) -> dict[Projection, ProjectionPlan]:
+    def fixed_plans(self, projections: Sequence[Projection], row_slots: Tensor) -> dict[Projection, ProjectionPlan]:
         """Plans that look up each row's slot in the pointer tables."""
 
     def slot_of(self, adapter: Adapter) -> int | None:
@@ -148,9 +146,9 @@ class DecodeGraphs:
         def forward() -> Tensor:
             self._lora.batch.set_fixed(key.rows, plans)
             self._attention.begin(rows.plan)
-            logits: Tensor = self._model(
-                input_ids=rows.token_ids, position_ids=rows.positions, use_cache=False
-            ).logits[0]
+            logits: Tensor = self._model(input_ids=rows.token_ids, position_ids=rows.positions, use_cache=False).logits[
+                0
+            ]
             self._attention.end()
             return logits
 

@@ -67,13 +67,16 @@ class KvStore(Protocol):
 
     num_blocks: int
     block_size: int
-    elastic: ElasticKv | None  # where memory comes and goes; None: all blocks are there from the start
+
+    @property
+    def elastic(self) -> ElasticKv | None:
+        """Where memory comes and goes; None: all blocks are there from the start."""
 
     def plan(self, q_lens: Sequence[int], context_lens: Sequence[int], block_tables: Sequence[Sequence[int]]) -> Any:
         """Where the rows of one step sit; handed back to every `attend` of the step."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Any, **options: Any) -> Tensor:
-        """Store k and v of the new tokens [T, kv_heads, dim], then attend: q [T, q_heads, dim_k] -> [T, q_heads, dim_v].
+        """Store k and v of the new tokens [T, kv_heads, dim], then attend: q [T, q_heads, dim_k] -> [.., .., dim_v].
 
         `options` are scale, sliding_window, softcap and sinks, as in `serverlesslora_kernels.attention`.
         """
@@ -133,10 +136,18 @@ class TokenSampler(Protocol):
 
 
 class Device(Protocol):
-    kind: DeviceKind
-    torch_device: torch.device
-    arithmetic: Arithmetic
-    accumulates: bool  # whether `add_linear` is as fast as `linear`
+    @property
+    def kind(self) -> DeviceKind: ...
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    @property
+    def arithmetic(self) -> Arithmetic: ...
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether `add_linear` is as fast as `linear`."""
 
     @property
     def graphs(self) -> GraphDevice | None:
@@ -144,7 +155,9 @@ class Device(Protocol):
 
     def create_lora_store(self, projections: Sequence[Projection]) -> LoraStore: ...
 
-    def create_kv(self, model: PreTrainedModel, limits: WorkerLimits, shapes: Callable[[], Sequence[LayerShape]]) -> KvStore:
+    def create_kv(
+        self, model: PreTrainedModel, limits: WorkerLimits, shapes: Callable[[], Sequence[LayerShape]]
+    ) -> KvStore:
         """`shapes` runs the model once to see what its layers keep; not called where that is not needed."""
 
     def create_sampler(self) -> TokenSampler: ...

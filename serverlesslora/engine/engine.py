@@ -80,6 +80,15 @@ class _LoadedAdapter:
     retired: bool = False  # unloaded by name; freed when the last request on it ends
 
 
+class AdapterRead(NamedTuple):
+    """What `Engine.read_adapter` has found; without `loaded` and without a refusal it was there already."""
+
+    digest: str
+    loaded: _LoadedAdapter | None
+    refusal: str
+    seconds: float
+
+
 class Engine:
     def __init__(
         self,
@@ -121,6 +130,7 @@ class Engine:
             make_room=self._pool.make_room if self._pool else None,
         )
         self._sampler = device.create_sampler()
+        self._loads_aside = device.kind != "cpu"
         self._adapters: dict[str, _LoadedAdapter] = {}
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, Request] = {}
@@ -137,6 +147,11 @@ class Engine:
         assert not self._requests
         if self._runner.graphs is not None:
             self._runner.graphs.capture()
+
+    @property
+    def loads_aside(self) -> bool:
+        """Whether `read_adapter` beside running steps costs them nothing; on CPU both want the same cores."""
+        return self._loads_aside
 
     @property
     def graphs_state(self) -> str:
@@ -180,18 +195,39 @@ class Engine:
             self._drop(request)
 
     def load_adapter(self, message: LoadAdapter) -> Loaded | Refused:
+        return self.admit(self.read_adapter(message))
+
+    def read_adapter(self, message: LoadAdapter) -> AdapterRead:
+        """The long part of loading: reading, checking, packing, starting the copy to the device.
+
+        On a device that `loads_aside` another thread may do it while steps run; `admit` makes the result known.
+        """
         started = self._clock()
-        entry = self._adapters.get(message.digest)
-        if entry is None:
+        loaded: _LoadedAdapter | None = None
+        refusal = ""
+        if message.digest not in self._adapters:
             try:
-                entry = self._adapters[message.digest] = self._load(Path(message.path), message.digest)
+                loaded = self._read(Path(message.path), message.digest)
             except AdapterInvalid as error:
-                return Refused(message.digest, error.message)
+                refusal = error.message
+        return AdapterRead(message.digest, loaded, refusal, self._clock() - started)
+
+    def admit(self, read: AdapterRead) -> Loaded | Refused:
+        """From now on requests may name the adapter."""
+        if read.refusal:
+            return Refused(read.digest, read.refusal)
+        entry = self._adapters.get(read.digest)
+        if entry is None:
+            assert read.loaded is not None
+            entry = self._adapters[read.digest] = read.loaded
+            self._lora.admit(entry.adapter)
+        elif read.loaded is not None:  # read twice at the same time
+            self._lora.discard(read.loaded.adapter)
         entry.retired = False
         adapter = entry.adapter
         return Loaded(
-            message.digest,
-            self._clock() - started,
+            read.digest,
+            read.seconds,
             adapter.size_bytes,
             rank=adapter.rank,
             modules=adapter.modules,
@@ -254,7 +290,7 @@ class Engine:
         return out
 
     def _starve(self, out: list[WorkerToGateway]) -> None:
-        """Nothing can be computed: either nothing waits, or what waits gets no memory. The oldest is told in the end."""
+        """Nothing can be computed: nothing waits, or what waits gets no memory. The oldest is told in the end."""
         if not self._scheduler.waiting:
             return
         now = self._clock()
@@ -272,9 +308,8 @@ class Engine:
             return None
         self._starved_since = None
         owners = [self._request_of[item.sequence] for item in work]
-        for request in dict.fromkeys(owners):
-            if request.started_at is None:
-                out.append(request.start(started))
+        new = [request for request in dict.fromkeys(owners) if request.started_at is None]
+        out += [request.start(started) for request in new]
         result = self._runner.run(work, self._loaded)
         rows = [self._request_of[sequence].sample_row(sequence) for sequence in result.sampling]
         return _Launched(work, owners, result, self._sampler.begin(result.logits, rows), started)
@@ -370,14 +405,14 @@ class Engine:
     def _loaded(self) -> dict[str, Adapter]:
         return {digest: entry.adapter for digest, entry in self._adapters.items()}
 
-    def _load(self, path: Path, digest: str) -> _LoadedAdapter:
-        adapter = self._lora.load(path, digest)
+    def _read(self, path: Path, digest: str) -> _LoadedAdapter:
+        adapter = self._lora.read(path, digest)
         try:
             # An adapter may bring its own tokenizer and chat template, and rows for tokens of its own.
             own_size = adapter.vocab_size if adapter.vocab_size != self._lora.vocab_size else None
             text = TextCodec.from_directory(path, self._text, vocab_size=own_size)
         except AdapterInvalid:
-            self._lora.unload(adapter)
+            self._lora.discard(adapter)
             raise
         return _LoadedAdapter(adapter, text)
 

@@ -53,13 +53,13 @@ class CudaCapture:
     """CUDA graphs that share one memory pool: they are replayed one at a time, so their temporaries may overlap."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            with _Guard():
+            with _Guard():  # type: ignore[no-untyped-call]
                 function()
             function()  # libraries allocate and choose on their first calls, which a capture would not survive
         torch.cuda.synchronize()
@@ -84,7 +84,7 @@ class RecordedCapture:
         return Captured(recorder, output)
 
 
-class _Guard(TorchDispatchMode):
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets operators through unless a capture could not contain them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -98,9 +98,9 @@ class _Guard(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Recorder(_Guard):
+class _Recorder(_Guard):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[Callable[[], None]] = []
 
     def _compute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -116,7 +116,9 @@ class _Recorder(_Guard):
 
         def again() -> None:
             repeated = func(*args, **kwargs)
-            for place, out in zip(fresh, repeated if isinstance(repeated, (tuple, list)) else (repeated,), strict=False):
+            for place, out in zip(
+                fresh, repeated if isinstance(repeated, (tuple, list)) else (repeated,), strict=False
+            ):
                 if place is not None:
                     place.copy_(out)
 

@@ -6,7 +6,6 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
-
 UNKNOWN = -1  # in the place of a token that the device has chosen and the host has not seen yet
 
 

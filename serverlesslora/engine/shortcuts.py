@@ -73,26 +73,24 @@ def _layer(layer: Any) -> Callable[..., Tensor] | None:
     """
     if not _same(type(layer).forward, modeling_llama.LlamaDecoderLayer.forward) or "forward" in layer.__dict__:
         return None
-    outputs = _single(getattr(layer.self_attn, "o_proj", None)), _single(getattr(layer.mlp, "down_proj", None))
-    if outputs[0] is None or outputs[1] is None:
+    from_attention = _single(getattr(layer.self_attn, "o_proj", None))
+    from_mlp = _single(getattr(layer.mlp, "down_proj", None))
+    if from_attention is None or from_mlp is None:
         return None
-    from_attention, from_mlp = outputs
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        stream = hidden_states
-        normed = layer.input_layernorm(stream)
-        from_attention.into = stream
-        stream = _joined(stream, layer.self_attn(hidden_states=normed, **kwargs)[0], from_attention)
-        normed = layer.post_attention_layernorm(stream)
-        from_mlp.into = stream
-        return _joined(stream, layer.mlp(normed), from_mlp)
+        normed = layer.input_layernorm(hidden_states)
+        stream = _sum(hidden_states, from_attention, lambda: layer.self_attn(hidden_states=normed, **kwargs)[0])
+        return _sum(stream, from_mlp, lambda: layer.mlp(layer.post_attention_layernorm(stream)))
 
     return forward
 
 
-def _joined(stream: Tensor, result: Tensor, projection: Projection) -> Tensor:
-    """The sum, whether the projection has made it already (then it handed the stream itself on) or was not asked."""
-    projection.into = None
+def _sum(stream: Tensor, last: Projection, compute: Callable[[], Tensor]) -> Tensor:
+    """stream + compute(), whether `last` adds to the stream itself (and returns that very tensor) or is passed by."""
+    last.into = stream
+    result = compute()
+    last.into = None
     return stream if result is stream else stream + result
 
 
@@ -128,9 +126,7 @@ def _with_fused_rope(attention: nn.Module, forward: FunctionType, ops: Arithmeti
     return MethodType(own, attention)
 
 
-def _rope_for(
-    original: Callable[..., tuple[Tensor, Tensor]], ops: Arithmetic
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _rope_for(original: Callable[..., tuple[Tensor, Tensor]], ops: Arithmetic) -> Callable[..., tuple[Tensor, Tensor]]:
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         if q.shape[0] != 1 or unsqueeze_dim != 1 or cos.shape[-1] != q.shape[-1]:
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)

@@ -48,7 +48,9 @@ class Copies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(self, source: Tensor) -> tuple[Tensor, Any]:
         """The copy, and the event after which it is there. Raises torch.OutOfMemoryError."""
@@ -87,7 +89,10 @@ class DeviceLoraStore:
         by_index: list[Sequence[LoraPiece]] = [()] * len(self._layouts)
         for projection, group in pieces.items():
             by_index[self._index[projection]] = group
-        packed = PackedAdapter.pack(by_index, self._layouts, dtype, pin=self._device.type == "cuda")
+        try:
+            packed = PackedAdapter.pack(by_index, self._layouts, dtype, pin=self._device.type == "cuda")
+        except ValueError as error:
+            raise AdapterInvalid(f"its factors do not fit this backbone: {error}") from error
         lora = DeviceLora(packed, self._free.pop())
         if packed.nbytes:
             with contextlib.suppress(torch.OutOfMemoryError):  # then it comes when it is used, in somebody's place

@@ -27,7 +27,7 @@ class _OnDevice:
         if tokens.is_cuda:
             self._copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._copy.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def wait(self) -> list[Sampled]:

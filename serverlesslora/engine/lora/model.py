@@ -46,11 +46,27 @@ class LoraModel:
         return self._sites.projections
 
     def load(self, path: Path, digest: str) -> Adapter:
-        """Read a PEFT directory strictly; raises AdapterInvalid with the reason for the adapter's owner."""
-        adapter = load_adapter(path, digest, self._sites)
+        """`read` and `admit` in one."""
+        adapter = self.read(path, digest)
+        self.admit(adapter)
+        return adapter
+
+    def read(self, path: Path, digest: str) -> Adapter:
+        """Read a PEFT directory strictly; raises AdapterInvalid with the reason for the adapter's owner.
+
+        Changes nothing that a running step looks at.
+        """
+        return load_adapter(path, digest, self._sites)
+
+    def admit(self, adapter: Adapter) -> None:
+        """Between steps: from the next one on, segments may name it."""
         for site in adapter.others:
             site.retain()
-        return adapter
+
+    def discard(self, adapter: Adapter) -> None:
+        """Free what was read but not admitted."""
+        self._sites.store.unload(adapter.lora)
+        adapter.clear()
 
     def unload(self, adapter: Adapter) -> None:
         """Forget an adapter that no running request uses; its memory is free when this returns."""
@@ -59,5 +75,4 @@ class LoraModel:
         self._batch.forget(adapter)
         for site in adapter.others:
             site.release()
-        self._sites.store.unload(adapter.lora)
-        adapter.clear()
+        self.discard(adapter)
