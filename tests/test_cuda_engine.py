@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from serverlesslora.engine.cuda.device import CudaDevice
 from serverlesslora.engine.cuda.lora_store import DeviceLora
+from serverlesslora.engine.cuda.sampler import DeviceSampler
 from serverlesslora.engine.decode_graphs import DecodeGraphs
+from serverlesslora.engine.sampler import Sampler, SampleRow
 from serverlesslora_ipc.cuda.driver import Driver, open_driver
-from serverlesslora_ipc.messages import Finished
+from serverlesslora_ipc.messages import Finished, SamplingParams
 from tests.fakes import merge_adapter, tiny_model, write_adapter
 from tests.test_engine import Bench, prompt_of, solo
 
@@ -176,3 +178,19 @@ def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
         assert answer.tokens() == solo(oracles[name], [1, 2, 3], 3)
         bench.engine.unload_adapter(name)
     assert len(slots) == 1
+
+
+def test_the_host_and_the_device_choose_the_same_tokens() -> None:
+    # Equal logits make a nucleus of exactly three tokens: a rounded top_p would let a fourth in.
+    logits = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    logits[:20, :10], logits[:20, 10:] = 1.0, -30.0
+    params = [SamplingParams(temperature=1.0, top_p=0.3)] * 20 + [
+        SamplingParams(
+            temperature=0.2 + 0.1 * i, top_k=3 * (i % 4), top_p=(1.0, 0.7)[i % 2], min_p=(0.0, 0.05)[i % 3 > 1]
+        )
+        for i in range(20)
+    ]
+    rows = [SampleRow(row, seed=index, position=7 * index) for index, row in enumerate(params)]
+    on_device = DeviceSampler().begin(logits, rows)
+    assert on_device.tokens is not None
+    assert on_device.wait() == Sampler().sample(logits, rows)

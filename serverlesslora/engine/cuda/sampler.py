@@ -103,7 +103,7 @@ def _row_params(rows: Sequence[SampleRow], greedy: bool, device: torch.device) -
     return RowParams(
         temperature=values[0].float(),
         top_k=values[1].int(),
-        top_p=values[2].float(),
-        min_p=values[3].float(),
+        top_p=values[2],  # not rounded: it decides whether the last token of a nucleus belongs to it
+        min_p=values[3],
         uniform=values[4],
     )
