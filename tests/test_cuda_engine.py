@@ -5,6 +5,7 @@ What the twin of a CUDA graph repeats is what was recorded, so an input that is 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
 def test_the_host_and_the_device_choose_the_same_tokens() -> None:
     # Equal logits make a nucleus of exactly three tokens: a rounded top_p would let a fourth in.
     logits = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
-    logits[:20, :10], logits[:20, 10:] = 1.0, -30.0
+    logits[:20, :10], logits[:20, 10:] = 1.0, -math.inf
     params = [SamplingParams(temperature=1.0, top_p=0.3)] * 20 + [
         SamplingParams(
             temperature=0.2 + 0.1 * i, top_k=3 * (i % 4), top_p=(1.0, 0.7)[i % 2], min_p=(0.0, 0.05)[i % 3 > 1]
