@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_adapter(directory: Path, model: PreTrainedModel, *, rank: int = 4, seed: int = 0, scale: float = 1.0) -> Path:
-    """A random PEFT adapter on the attention projections and the head of a Llama-like model."""
+ATTENTION_AND_HEAD = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")
+
+
+def write_adapter(
+    directory: Path,
+    model: PreTrainedModel,
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    scale: float = 1.0,
+    targets: Sequence[str] = ATTENTION_AND_HEAD,
+) -> Path:
+    """A random PEFT adapter on these linears of a Llama-like model."""
     generator = torch.Generator().manual_seed(seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.split(".")[-1] in targets:
@@ -132,7 +143,13 @@ def write_adapter(directory: Path, model: PreTrainedModel, *, rank: int = 4, see
     assert tensors
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(targets),
+        "task_type": "CAUSAL_LM",
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 

@@ -19,12 +19,14 @@ from serverlesslora.engine.cuda.lora_store import DeviceLora
 from serverlesslora.engine.cuda.sampler import DeviceSampler
 from serverlesslora.engine.decode_graphs import DecodeGraphs
 from serverlesslora.engine.sampler import Sampler, SampleRow
+from serverlesslora.engine.scheduler import Work
 from serverlesslora_ipc.cuda.driver import Driver, open_driver
 from serverlesslora_ipc.messages import Finished, SamplingParams
-from tests.fakes import merge_adapter, tiny_model, write_adapter
+from tests.fakes import ATTENTION_AND_HEAD, merge_adapter, tiny_model, write_adapter
 from tests.test_engine import Bench, prompt_of, solo
 
-RANKS = {"a": 2, "b": 3, "c": 8, "wide": 33}
+RANKS = {"a": 2, "b": 3, "head": 8, "wide": 33}
+BODY = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture
@@ -44,7 +46,17 @@ def device(driver: Driver) -> CudaDevice:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, model = tmp_path_factory.mktemp("adapters"), tiny_model()
-    return {name: write_adapter(root / name, model, rank=rank, seed=rank, scale=0.4) for name, rank in RANKS.items()}
+    return {
+        name: write_adapter(
+            root / name,
+            model,
+            rank=rank,
+            seed=rank,
+            scale=0.4,
+            targets=ATTENTION_AND_HEAD if name == "head" else BODY,
+        )
+        for name, rank in RANKS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +71,17 @@ def graphs_of(bench: Bench) -> DecodeGraphs:
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every step that a graph computed."""
-    rows: list[int] = []
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The adapters of every step that a graph computed."""
+    steps: list[list[str]] = []
     run = DecodeGraphs.run
 
-    def counted(self: DecodeGraphs, work: list[object], *args: object, **options: object) -> torch.Tensor:
-        rows.append(len(work))
+    def noted(self: DecodeGraphs, work: list[Work], *args: object, **options: object) -> torch.Tensor:
+        steps.append([item.sequence.adapter for item in work])
         return run(self, work, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(DecodeGraphs, "run", counted)
-    return rows
+    monkeypatch.setattr(DecodeGraphs, "run", noted)
+    return steps
 
 
 @pytest.mark.parametrize("captured", [True, False], ids=["graphs", "eager"])
@@ -78,7 +90,7 @@ def test_interleaved_requests_get_the_tokens_of_a_lonely_run(
     device: CudaDevice,
     adapters: dict[str, Path],
     oracles: dict[str, PreTrainedModel],
-    replays: list[int],
+    replays: list[list[str]],
 ) -> None:
     rng = random.Random(7)
     bench = Bench(blocks=256, device=device, max_running=2, max_step_tokens=12)
@@ -86,7 +98,7 @@ def test_interleaved_requests_get_the_tokens_of_a_lonely_run(
         bench.engine.capture()
         assert bench.engine.graphs_state == "on, up to 2 rows"
     expected: dict[str, list[int]] = {}
-    for index, name in enumerate(["", "a", "wide", "a"] if captured else ["", "c"]):
+    for index, name in enumerate(["", "a", "wide", "a", "head"] if captured else ["", "b"]):
         if name:
             bench.load(adapters[name], name)  # adapters come while others run
         prompt, count = prompt_of(rng, 16), rng.randint(3, 5)
@@ -97,7 +109,8 @@ def test_interleaved_requests_get_the_tokens_of_a_lonely_run(
     for name, tokens in expected.items():
         assert bench.answers[name].tokens() == tokens, name
         assert isinstance(bench.answers[name].end, Finished)
-    assert bool(replays) is captured
+    assert {name for step in replays for name in step} == ({"", "a", "wide"} if captured else set())
+    assert ["", "a"] in replays or not captured, "one step, two functions"
 
 
 def test_a_sampled_request_gets_the_same_tokens_as_on_the_host(device: CudaDevice, adapters: dict[str, Path]) -> None:
@@ -113,7 +126,7 @@ def test_a_sampled_request_gets_the_same_tokens_as_on_the_host(device: CudaDevic
         assert benches[0].answers[name].tokens() == benches[1].answers[name].tokens()
 
 
-def test_the_next_step_is_launched_before_the_last_one_is_read(device: CudaDevice, replays: list[int]) -> None:
+def test_the_next_step_is_launched_before_the_last_one_is_read(device: CudaDevice, replays: list[list[str]]) -> None:
     bench = Bench(blocks=64, device=device, max_running=1)
     bench.engine.capture()
     answer = bench.ask("r", [1, 2, 3], max_tokens=5)
@@ -164,12 +177,12 @@ def test_an_adapter_dropped_from_the_device_comes_back(
 
 
 def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
-    device: CudaDevice, adapters: dict[str, Path], oracles: dict[str, PreTrainedModel]
+    device: CudaDevice, adapters: dict[str, Path], oracles: dict[str, PreTrainedModel], replays: list[list[str]]
 ) -> None:
     bench = Bench(blocks=64, device=device, max_running=1)
     bench.engine.capture()
     slots = set()
-    for name in ("wide", "a", "c"):
+    for name in ("wide", "a", "b"):
         bench.load(adapters[name], name)
         lora = bench.engine._adapters[name].adapter.lora
         assert isinstance(lora, DeviceLora)
@@ -179,6 +192,7 @@ def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
         assert answer.tokens() == solo(oracles[name], [1, 2, 3], 3)
         bench.engine.unload_adapter(name)
     assert len(slots) == 1
+    assert replays == [["wide"]] * 2 + [["a"]] * 2 + [["b"]] * 2
 
 
 def test_the_host_and_the_device_choose_the_same_tokens() -> None:

@@ -20,7 +20,7 @@ NOT_CAPTURED = {"gpt2", "gpt2:inverse_layer"}
 @pytest.mark.parametrize(
     "family", [family if family in USUAL else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 )
-def test_family_equals_eager(family: str, device: CudaDevice, replays: list[int]) -> None:  # noqa: F811
+def test_family_equals_eager(family: str, device: CudaDevice, replays: list[list[str]]) -> None:  # noqa: F811
     rng = random.Random(family)
     bench = Bench(blocks=256, device=device, model=tiny_model(family), max_running=2, max_step_tokens=8)
     bench.engine.capture()

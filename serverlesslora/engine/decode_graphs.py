@@ -82,6 +82,8 @@ class DecodeGraphs:
         self.buckets = [size for size in BUCKETS if size <= last]
         self._rows: dict[int, FixedRows] = {}
         self._graphs: dict[_Key, Captured] = {}
+        # A graph keeps no memory alive: what the plans point to must outlive it.
+        self._plans: dict[_Key, dict[Projection, ProjectionPlan]] = {}
         self.refusal: str | None = None  # why this model cannot be captured
 
     @property
@@ -101,6 +103,7 @@ class DecodeGraphs:
             except NotCapturable as error:
                 self.refusal = str(error)
                 self._graphs.clear()
+                self._plans.clear()
                 self._rows.clear()
                 return
             on_progress(done + 1, len(keys))
@@ -136,9 +139,9 @@ class DecodeGraphs:
             rows = self._rows[key.rows] = self._device.create_rows(
                 key.rows, self._max_blocks, self._attention.kv.block_size
             )
-        plans: dict[Projection, ProjectionPlan] = {}
+        plans = self._plans[key] = {}
         if key.adapted:
-            plans = dict.fromkeys(self._lora.projections, NOTHING)
+            plans.update(dict.fromkeys(self._lora.projections, NOTHING))
             inner = [projection for projection in self._lora.projections if not projection.is_output]
             plans |= self._device.fixed_plans(inner, rows.row_slots)
 

@@ -112,6 +112,9 @@ class LoraStore(Protocol):
     def require(self, loras: Sequence[LoadedLora]) -> None:
         """The next step uses these: they must be where the kernels find them."""
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Have ready what `update` may need, so that no request waits for a compiler."""
+
     def update(self, projection: Projection, entries: Sequence[tuple[int, int, LoadedLora]], batch: Batch) -> Update:
         """For sorted, disjoint row ranges; kept while the same segments return."""
 

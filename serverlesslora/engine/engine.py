@@ -143,8 +143,12 @@ class Engine:
         self._starved_since: float | None = None
 
     def capture(self) -> None:
-        """Record decode steps as graphs where the device has them; takes seconds, nothing may be running."""
+        """Have kernels ready and record decode steps as graphs where the device has them; takes seconds.
+
+        Nothing may be running.
+        """
         assert not self._requests
+        self._lora.store.warm_up(self._runner.dtype)
         if self._runner.graphs is not None:
             self._runner.graphs.capture()
 

@@ -3,7 +3,8 @@
 A graph repeats exactly what was launched while it was captured, on the same memory: values that Python computed are
 baked in, so everything that changes from one replay to the next must be in a tensor that is overwritten in place. The
 twin keeps that rule: it replays the recorded torch operators and Triton launches into the tensors they produced at
-capture. What would be stale on a GPU is stale in the twin.
+capture. What would be stale on a GPU is stale in the twin; and as a GPU's graph keeps nobody else's memory alive,
+the twin raises where memory from outside is gone at a replay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
 # Operators whose result Python waits for, or whose shape depends on data.
@@ -98,10 +101,37 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
+class _Outside(NamedTuple):
+    """A tensor over memory that was there before the capture: found again at a replay, not kept."""
+
+    memory: StorageWeakRef
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Outside:
+        memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        return cls(memory, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+    def find(self) -> Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.memory.cdata)
+        if storage is None:
+            raise RuntimeError("memory that a graph works on was freed since it was captured")
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+
+
 class _Recorder(_Guard):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps: list[Callable[[], None]] = []
+        self._own: dict[int, Tensor] = {}  # by storage: what the computation itself made, kept like a graph's pool
+
+    def _remember(self, value: Any) -> Any:
+        """Arguments with their tensors in a form that keeps only the graph's own memory alive."""
+        own = self._own
+        return tree_map_only(Tensor, lambda t: t if t.untyped_storage()._cdata in own else _Outside.of(t), value)
 
     def _compute(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
@@ -113,9 +143,14 @@ class _Recorder(_Guard):  # type: ignore[no-untyped-call]
             out if alias is None and isinstance(out, Tensor) else None
             for out, alias in zip(outputs, aliases, strict=False)
         ]
+        remembered = self._remember((args, kwargs))
+        for out in fresh:
+            if out is not None:
+                self._own[out.untyped_storage()._cdata] = out
 
         def again() -> None:
-            repeated = func(*args, **kwargs)
+            found_args, found_kwargs = _find(remembered)
+            repeated = func(*found_args, **found_kwargs)
             for place, out in zip(
                 fresh, repeated if isinstance(repeated, (tuple, list)) else (repeated,), strict=False
             ):
@@ -128,17 +163,21 @@ class _Recorder(_Guard):  # type: ignore[no-untyped-call]
     def launch(self, program: Any, grid: Sequence[int], arguments: Sequence[Any], options: dict[str, Any]) -> None:
         """A Triton program, told by `serverlesslora_kernels.cuda.launch`."""
 
-        def run() -> None:
-            program[tuple(grid)](*arguments, **options)
-
         with _disable_current_modes():  # an interpreter may compute with torch itself
-            run()
-        self._steps.append(run)
+            program[tuple(grid)](*arguments, **options)
+        remembered = self._remember(tuple(arguments))
+        self._steps.append(lambda: program[tuple(grid)](*_find(remembered), **options))
 
     def replay(self) -> None:
         with torch.inference_mode():
             for step in self._steps:
                 step()
+
+
+def _find(remembered: Any) -> Any:
+    return tree_map_only(
+        _Outside, lambda outside: outside.find(), remembered, is_leaf=lambda leaf: isinstance(leaf, _Outside)
+    )
 
 
 def _refuse_waiting(func: Any, args: Sequence[Any]) -> None:

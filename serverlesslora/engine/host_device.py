@@ -93,6 +93,9 @@ class HostLoraStore:
     def require(self, loras: Sequence[LoadedLora]) -> None:
         """Host memory is where the kernels read."""
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """The native kernels were compiled when they were loaded."""
+
     def update(
         self, projection: Projection, entries: Sequence[tuple[int, int, LoadedLora]], batch: Batch
     ) -> HostUpdate:

@@ -46,6 +46,7 @@ class Runner:
         self._model: Any = model
         self._lora = lora
         self._device = model.device
+        self.dtype = model.dtype
         self.attention = PagedAttention(model, lambda shapes: device.create_kv(model, limits, shapes))
         self.kv = self.attention.kv
         self.graphs: DecodeGraphs | None = None

@@ -29,6 +29,7 @@ ROWS_SPLIT_K = 512
 # Fewer, longer parts for tiles: they fill the device by their number, and every part costs a pass over t.
 TILES_SPLIT_K = 1024
 _BLOCK_R = 16
+BLOCK_ROWS = (16, 32, 64)  # of the tiles form
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Tiles:
         adapted = [segment for segment in segments if segment[2] >= 0]
         if block_rows is None:
             mean = sum(end - start for start, end, _ in adapted) / max(1, len(adapted))
-            block_rows = 16 if mean <= 24 else 32 if mean <= 64 else 64
+            block_rows = BLOCK_ROWS[(mean > 24) + (mean > 64)]
         entries = array("i")
         for start, end, slot in adapted:
             for first in range(start, end, block_rows):

@@ -48,7 +48,10 @@ class DeviceKvStore:
         self.chunk_bytes = layout.chunk_bytes
         self.reserve_bytes = max(RESERVE_BYTES, int(RESERVE_SHARE * driver.memory().total_bytes))
         self._range = ElasticRange(driver, layout.num_chunks * layout.chunk_bytes, layout.chunk_bytes)
+        # torch asks the driver whose memory this is, which only mapped memory can tell.
+        self._range.map_chunk(0)
         self._bytes = bytes_at(self._range.address, layout.num_chunks * layout.chunk_bytes, device)
+        self._range.unmap_chunk(0)
         self._layers = _views(self._bytes.view(dtype), shapes, layout, block_size)
 
     @property

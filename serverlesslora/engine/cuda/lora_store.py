@@ -18,7 +18,7 @@ from torch import Tensor
 from serverlesslora.engine.device import LoadedLora, Update
 from serverlesslora.errors import AdapterInvalid
 from serverlesslora_kernels.cuda.lora_table import LoraTables, PackedAdapter, ProjectionLayout
-from serverlesslora_kernels.cuda.sgmv import Scratch, Tiles, sgmv_rows, sgmv_tiles
+from serverlesslora_kernels.cuda.sgmv import BLOCK_ROWS, Scratch, Tiles, sgmv_rows, sgmv_tiles
 from serverlesslora_kernels.segments import LoraPiece
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serverlesslora.engine.lora.projection import Projection
 
 NUM_SLOTS = 512  # adapters one worker can hold; a slot costs some 30 KB of pointers on an 8B model
+TOTAL_RANKS = (16, 32, 64)  # one of each kind that the tiles form is compiled for
 MAX_ROWS_RANK = 1024  # sum of ranks over the sites of one projection that the decode kernels' scratch has room for
 
 
@@ -125,6 +126,17 @@ class DeviceLoraStore:
             tiles = batch.plans[self] = Tiles.build(segments, self._device)
         rank = max(cast(DeviceLora, lora).packed.total_rank(index) for _, _, lora in entries)
         return TilesUpdate(self._tables.table(index), self._layouts[index], tiles, rank)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Have every form that prompts may need compiled and loaded now: an empty slot, so nothing is computed."""
+        blank = torch.zeros(1, 3, dtype=torch.int32, device=self._device)
+        for layout, index in {layout: index for index, layout in enumerate(self._layouts)}.items():
+            x = torch.zeros(16, layout.in_features, dtype=dtype, device=self._device)
+            y = torch.zeros(16, layout.width, dtype=dtype, device=self._device)
+            for block_rows in BLOCK_ROWS:
+                for total_rank in TOTAL_RANKS:
+                    tiles = Tiles(blank, block_rows, rows=0)
+                    sgmv_tiles(y, x, self._tables.table(index), layout, tiles, total_rank)
 
     def rows_update(self, projection: Projection, row_slots: Tensor, scratch: Scratch) -> Update:
         index = self._index[projection]

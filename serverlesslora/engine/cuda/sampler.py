@@ -85,8 +85,11 @@ def sample_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 
 def _row_params(rows: Sequence[SampleRow], greedy: bool, device: torch.device) -> RowParams:
-    """One copy to the device for all rows; none where everything is greedy."""
-    numbers = [0.0 if greedy or r.params.temperature < GREEDY_BELOW else uniform(r.seed, r.position) for r in rows]
+    """One copy to the device for all rows; none where everything is greedy and nobody looks."""
+    if greedy:
+        nothing = torch.empty(0, device=device)
+        return RowParams(nothing, nothing, nothing, nothing, nothing)
+    numbers = [0.0 if r.params.temperature < GREEDY_BELOW else uniform(r.seed, r.position) for r in rows]
     values = torch.tensor(
         [
             [row.params.temperature for row in rows],
@@ -98,8 +101,7 @@ def _row_params(rows: Sequence[SampleRow], greedy: bool, device: torch.device) -
         dtype=torch.float64,
         pin_memory=device.type == "cuda",
     )
-    if not greedy:
-        values = values.to(device, non_blocking=True)
+    values = values.to(device, non_blocking=True)
     return RowParams(
         temperature=values[0].float(),
         top_k=values[1].int(),
