@@ -39,7 +39,10 @@ from serverlesslora_ipc.messages import (
 from tests.fakes import byte_tokenizer, tiny_model
 
 TIMEOUT_S = 60.0
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @contextmanager
@@ -232,7 +235,7 @@ class Host:
     def __init__(self, module: str, *arguments: str) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", f"serverlesslora.backbone.{module}", "--fd", str(theirs.fileno()), *arguments]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=ENVIRONMENT)
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment())
         theirs.close()
         self.channel: Channel[HostToGateway] = Channel(ours, HostToGateway)
 
@@ -376,7 +379,7 @@ def test_host_dies_with_its_gateway_while_loading(llama: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=environment(),
     )
     with middle:
         assert middle.stdout is not None

@@ -28,6 +28,11 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
     _prctl(_PR_SET_PDEATHSIG, int(sig))
 
 
+def outlive_parent() -> None:
+    """Takes `die_with_parent` back."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def set_name(name: str) -> None:
     """What `ps -o comm` and `top` show; the kernel keeps 15 bytes."""
     _prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))

@@ -1,7 +1,8 @@
-"""Builds a model whose parameters are views into shared read-only memory.
+"""Builds a model whose parameters are views into shared read-only memory, on the host or on a device.
 
 The module tree is made on the meta device from the manifest's config, so nothing is computed, copied or initialised,
-and no thread is started: a launcher can attach and then fork.
+and no thread is started: a launcher can build it and then fork. Where the memory is reached by what does not survive a
+fork (a device), the two halves are done apart: the tree before, the memory after.
 """
 
 from __future__ import annotations
@@ -26,34 +27,18 @@ class AttachError(Exception):
 
 
 def attach(weights: mmap.mmap, manifest: Manifest, *, attention: str = PAGED_ATTENTION) -> transformers.PreTrainedModel:
-    """The model in eval mode. All its parameters share one storage, which keeps `weights` alive."""
-    if len(weights) != manifest.total_bytes:
-        raise AttachError(f"the memory holds {len(weights)} bytes, the manifest describes {manifest.total_bytes}")
-    model = _meta_tree(manifest, attention)
-    modules = dict(model.named_modules())
-    region = _region(weights)
-    parameters = {spec.name: nn.Parameter(_view(region, spec), requires_grad=False) for spec in manifest.tensors}
-    for name, stored in manifest.aliases.items():
-        parameters[name] = parameters[stored]
-    for name, parameter in parameters.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in modules or leaf not in modules[owner]._parameters:
-            raise AttachError(f"{manifest.architecture} has no parameter {name}")
-        modules[owner]._parameters[leaf] = parameter
-    for spec in manifest.buffers:
-        owner, _, leaf = spec.name.rpartition(".")
-        if owner not in modules:
-            raise AttachError(f"{manifest.architecture} has no module for {spec.name}")
-        value = _private_copy(weights, spec)
-        if leaf in modules[owner]._buffers:
-            modules[owner]._buffers[leaf] = value
-        else:
-            setattr(modules[owner], leaf, value)
-    _check_complete(modules)
+    """Both halves, on the host. All parameters share one storage, which keeps `weights` alive."""
+    model = build_tree(manifest, attention=attention)
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and says so; here the kernel enforces what torch cannot.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+        region = torch.frombuffer(weights, dtype=torch.uint8)
+    assign(model, region, manifest)
     return model
 
 
-def _meta_tree(manifest: Manifest, attention: str) -> transformers.PreTrainedModel:
+def build_tree(manifest: Manifest, *, attention: str = PAGED_ATTENTION) -> transformers.PreTrainedModel:
+    """The model in eval mode, all of it on the meta device."""
     found = getattr(transformers, manifest.architecture, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise AttachError(f"this transformers ({transformers.__version__}) has no {manifest.architecture}")
@@ -67,24 +52,36 @@ def _meta_tree(manifest: Manifest, attention: str) -> transformers.PreTrainedMod
     return model.eval()
 
 
-def _region(weights: mmap.mmap) -> Tensor:
-    with warnings.catch_warnings():
-        # torch has no read-only tensors and says so; here the kernel enforces what torch cannot.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        return torch.frombuffer(weights, dtype=torch.uint8)
+def assign(model: nn.Module, region: Tensor, manifest: Manifest) -> None:
+    """Gives `model` its values: parameters are views of `region` (uint8 [total_bytes]), buffers are private copies on
+    the same device. Nothing of it is written."""
+    if len(region) != manifest.total_bytes:
+        raise AttachError(f"the memory holds {len(region)} bytes, the manifest describes {manifest.total_bytes}")
+    modules = dict(model.named_modules())
+    parameters = {spec.name: nn.Parameter(_view(region, spec), requires_grad=False) for spec in manifest.tensors}
+    for name, stored in manifest.aliases.items():
+        parameters[name] = parameters[stored]
+    for name, parameter in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in modules or leaf not in modules[owner]._parameters:
+            raise AttachError(f"{manifest.architecture} has no parameter {name}")
+        modules[owner]._parameters[leaf] = parameter
+    for spec in manifest.buffers:
+        owner, _, leaf = spec.name.rpartition(".")
+        if owner not in modules:
+            raise AttachError(f"{manifest.architecture} has no module for {spec.name}")
+        # Small, and some modules write to theirs, which a view of read-only memory would answer with a fault.
+        value = _view(region, spec).clone()
+        if leaf in modules[owner]._buffers:
+            modules[owner]._buffers[leaf] = value
+        else:
+            setattr(modules[owner], leaf, value)
+    _check_complete(modules)
 
 
 def _view(region: Tensor, spec: TensorSpec) -> Tensor:
     flat = region[spec.offset : spec.offset + spec.size]
     return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
-
-
-def _private_copy(weights: mmap.mmap, spec: TensorSpec) -> Tensor:
-    """Buffers are small and some modules write to theirs, which a view would answer with SIGSEGV."""
-    dtype = getattr(torch, spec.dtype)
-    if not spec.size:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(weights[spec.offset : spec.offset + spec.size]), dtype=dtype).view(spec.shape)
 
 
 def _check_complete(modules: dict[str, nn.Module]) -> None:

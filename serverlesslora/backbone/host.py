@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from serverlesslora_ipc import process
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChannelClosed:
         return 0
     except BaseException as error:
-        channel.send([BackboneFailed(reason=_reason(error))])
+        channel.send([BackboneFailed(reason=failure_reason(error))])
         return 1
 
 
@@ -47,20 +47,12 @@ def _load_and_hold(channel: Channel[GatewayToHost], options: argparse.Namespace)
     started = time.monotonic()
     from serverlesslora.backbone import loader  # imports torch; the command line and the process state come first
 
-    reported = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal reported
-        if done - reported >= total / _PROGRESS_STEPS or done == total:
-            reported = done
-            channel.send([Progress(done_bytes=done, total_bytes=total)])
-
     weights_fd, manifest_fd, manifest = loader.load(
         options.model,
         dtype=options.dtype,
         revision=options.revision,
         allow_pickle=options.allow_pickle,
-        progress=progress,
+        progress=progress_reporter(channel),
     )
     seconds = time.monotonic() - started
     published = Published(
@@ -76,7 +68,20 @@ def _load_and_hold(channel: Channel[GatewayToHost], options: argparse.Namespace)
     os.execv(sys.executable, [*module, "--held", str(weights_fd), str(manifest_fd), "--seconds", repr(seconds)])
 
 
-def _reason(error: BaseException) -> str:
+def progress_reporter(channel: Channel[GatewayToHost]) -> Callable[[int, int], None]:
+    """Tells the gateway of every hundredth."""
+    reported = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        if done - reported >= total / _PROGRESS_STEPS or done == total:
+            reported = done
+            channel.send([Progress(done_bytes=done, total_bytes=total)])
+
+    return report
+
+
+def failure_reason(error: BaseException) -> str:
     from serverlesslora.backbone.loader import BackboneInvalid
 
     if isinstance(error, BackboneInvalid):

@@ -1,27 +1,44 @@
-"""Loads a checkpoint through transformers and publishes it as sealed memory with a manifest."""
+"""Loads a checkpoint and publishes it with a manifest: as sealed memory on the host, or as a device's shared memory.
+
+What it takes from transformers: the module tree, every conversion of checkpoints it knows, and what it computes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import json
-from collections.abc import Callable, Iterator
+import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import torch
 import transformers
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from serverlesslora.backbone import layout
+from serverlesslora.backbone.destination import (
+    Destination,
+    DeviceDestination,
+    HostDestination,
+    Piece,
+    Progress,
+    Source,
+    fill,
+)
 from serverlesslora.backbone.layout import TensorShape
+from serverlesslora.backbone.stream import Declined, Streamed, open_stream
 from serverlesslora_ipc import manifest as manifests
+from serverlesslora_ipc.cuda.driver import Driver
+from serverlesslora_ipc.cuda.region import Publication, RegionDraft
 from serverlesslora_ipc.manifest import Manifest, TensorSpec
 from serverlesslora_ipc.sealed import Draft
 
-Progress = Callable[[int, int], None]  # bytes placed, bytes in all
+log = logging.getLogger("serverlesslora.backbone")
 
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -39,12 +56,49 @@ class BackboneInvalid(Exception):
     """The checkpoint cannot be served; the message says why and what to do."""
 
 
+class LoadReport(NamedTuple):
+    """How a backbone was loaded; no process start, but what transformers imports for a model is in `open_s`."""
+
+    path: Literal["stream", "transformers"]
+    declined: str  # why not streamed; empty where it was
+    size_bytes: int
+    open_s: float  # the module tree and the layout; conversions, where not streamed
+    copy_s: float  # files to region, and the digest
+
+    @property
+    def seconds(self) -> float:
+        return self.open_s + self.copy_s
+
+    @property
+    def gb_s(self) -> float:
+        return self.size_bytes / max(self.copy_s, 1e-9) / 1e9
+
+    def __str__(self) -> str:
+        why = f" ({self.declined})" if self.declined else ""
+        size = f"{self.size_bytes / 1e9:.2f} GB"
+        return f"{size} by {self.path}{why}: {self.open_s:.2f} s + {self.copy_s:.2f} s at {self.gb_s:.2f} GB/s"
+
+
 class Backbone(NamedTuple):
     """Two read-only descriptors, owned by the caller, and what the second one holds."""
 
     weights_fd: int
     manifest_fd: int
     manifest: Manifest
+
+
+class Placed(NamedTuple):
+    manifest: Manifest
+    report: LoadReport
+
+
+class DeviceBackbone(NamedTuple):
+    """A publication and a read-only descriptor, both owned by the caller."""
+
+    publication: Publication
+    manifest_fd: int
+    manifest: Manifest
+    report: LoadReport
 
 
 def load(
@@ -55,12 +109,88 @@ def load(
     allow_pickle: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Backbone:
-    """`model` is a directory or a hub id. Needs memory for one copy and the largest tensor."""
+    """Into sealed host memory. `model` is a directory or a hub id. Needs memory for one copy and the largest tensor."""
+    found = contents(model, dtype=dtype, revision=revision, allow_pickle=allow_pickle)
+    with Draft("slora-weights", found.manifest.total_bytes) as draft:
+        manifest, report = found.place(HostDestination(draft), progress)
+        weights_fd = draft.seal()
+    log.info("%s: %s", model, report)
+    return Backbone(weights_fd, manifests.seal(manifest), manifest)
+
+
+def load_to_device(
+    model: str,
+    driver: Driver,
+    *,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> DeviceBackbone:
+    """The same bytes, into device memory. What is streamed needs no host memory but the ring it goes through."""
+    found = contents(model, dtype=dtype, revision=revision, allow_pickle=allow_pickle, onto_device=True)
+    with RegionDraft(driver, found.manifest.total_bytes) as draft:
+        with DeviceDestination(driver, draft.address, draft.size) as destination:
+            manifest, report = found.place(destination, progress)
+        publication = draft.publish()
+    log.info("%s: %s", model, report)
+    return DeviceBackbone(publication, manifests.seal(manifest), manifest, report)
+
+
+class Contents:
+    """A checkpoint laid out: what goes where, and where it comes from."""
+
+    def __init__(self, manifest: Manifest, pieces: list[Piece], declined: str, open_s: float) -> None:
+        self.manifest = manifest  # without a content digest yet
+        self._pieces = pieces
+        self._declined = declined
+        self._open_s = open_s
+
+    def place(self, destination: Destination, progress: Progress = lambda done, total: None) -> Placed:
+        """Once: each piece is forgotten here, so that its memory can go when it was written."""
+        started = time.monotonic()
+        digest = fill(destination, self._take_pieces(), progress)
+        path: Literal["stream", "transformers"] = "transformers" if self._declined else "stream"
+        report = LoadReport(
+            path, self._declined, self.manifest.total_bytes, self._open_s, copy_s=time.monotonic() - started
+        )
+        return Placed(msgspec.structs.replace(self.manifest, content_digest=digest), report)
+
+    def _take_pieces(self) -> Iterator[Piece]:
+        self._pieces.reverse()
+        while self._pieces:
+            yield self._pieces.pop()
+
+
+def contents(
+    model: str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    onto_device: bool = False,
+    streams: bool = True,
+) -> Contents:
+    """Raises BackboneInvalid. The checkpoint's files stay mapped until it was placed."""
+    started = time.monotonic()
     if dtype not in ("bfloat16", "float16", "float32"):
         raise BackboneInvalid(f"dtype {dtype!r} is not one of bfloat16, float16, float32")
     _return_freed_memory_early()
-    _check_files(model, allow_pickle=allow_pickle)
-    module = _from_pretrained(model, dtype=dtype, revision=revision, allow_pickle=allow_pickle)
+    num_bytes = _check_files(model, allow_pickle=allow_pickle)
+    config = _read_config(model, revision)
+    streamed, declined = None, "not asked for"
+    if streams:
+        try:
+            with _silent_progress_bars(), _silent_warnings():
+                streamed, declined = open_stream(model, config, getattr(torch, dtype)), ""
+        except Declined as error:
+            declined = str(error)
+    if streamed is None or not onto_device:
+        _check_host_memory(model, num_bytes)
+    if streamed is not None:
+        module = streamed.module
+    else:
+        module = _from_pretrained(model, dtype=dtype, revision=revision, allow_pickle=allow_pickle)
     description = {
         "model": model,
         "architecture": type(module).__name__,
@@ -70,11 +200,24 @@ def load(
         "tokenizer": _tokenizer_directory(model, revision),
         "revision": revision,
     }
-    return _publish(module, description, progress)
+    manifest, pieces = _lay_out(module, description, streamed)
+    return Contents(manifest, pieces, declined, time.monotonic() - started)
 
 
-def _publish(module: nn.Module, description: dict[str, Any], progress: Progress) -> Backbone:
-    """Moves every tensor out of `module` (which is useless afterwards) into sealed memory."""
+class _TensorSource:
+    """A tensor in host memory, or one that transformers left in its file."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def read_into(self, target: Tensor, start: int) -> None:
+        if not self._tensor.is_contiguous():
+            self._tensor = self._tensor.contiguous()
+        target.copy_(self._tensor.reshape(-1).view(torch.uint8)[start : start + len(target)])
+
+
+def _lay_out(module: nn.Module, description: dict[str, Any], streamed: Streamed | None) -> tuple[Manifest, list[Piece]]:
+    """Moves every tensor out of `module`, which is useless afterwards."""
     parameters: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     stored: dict[int, str] = {}
@@ -85,11 +228,11 @@ def _publish(module: nn.Module, description: dict[str, Any], progress: Progress)
         else:
             aliases[name] = first
     buffers = dict(_plain_tensors(module))
-    shapes = {name: _shape(tensor) for name, tensor in (parameters | buffers).items()}
+    tensors = parameters | buffers
+    shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     sizes = {name: shape.size for name, shape in shapes.items()}
     parameter_offsets, end = layout.offsets(layout.runs({name: shapes[name] for name in parameters}), sizes)
     buffer_offsets, end = layout.offsets([(name,) for name in buffers], sizes, end)
-    total = max(end, 1)
 
     def specs(placed: dict[str, int]) -> tuple[TensorSpec, ...]:
         return tuple(
@@ -97,39 +240,27 @@ def _publish(module: nn.Module, description: dict[str, Any], progress: Progress)
             for name, offset in placed.items()
         )
 
-    del parameter
+    def source(name: str) -> Source:
+        found = streamed.source(tensors[name]) if streamed else None
+        return found or _TensorSource(tensors[name])
+
     for name in [*parameters, *aliases]:
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = None  # from here on `parameters` holds the only reference
-    tensors = parameters | buffers
-    parameters.clear()
-    with Draft("slora-weights", total) as draft:
-        digest = xxhash.xxh3_128()
-        done = 0
-        for name, offset in (parameter_offsets | buffer_offsets).items():
-            _write(draft, offset, tensors.pop(name))
-            with memoryview(draft.map) as view:
-                digest.update(view[done : offset + sizes[name]])
-            done = offset + sizes[name]
-            progress(done, total)
-        with memoryview(draft.map) as view:
-            digest.update(view[done:])
-        weights_fd = draft.seal()
+        module.get_submodule(owner)._parameters[leaf] = None  # from here on the pieces hold the only reference
+    pieces = [
+        Piece(offset, sizes[name], source(name))
+        for name, offset in (parameter_offsets | buffer_offsets).items()
+        if sizes[name]
+    ]
     manifest = Manifest(
         tensors=specs(parameter_offsets),
         buffers=specs(buffer_offsets),
         aliases=aliases,
-        total_bytes=total,
-        content_digest=digest.hexdigest(),
+        total_bytes=max(end, 1),
+        content_digest="",
         **description,
     )
-    return Backbone(weights_fd, manifests.seal(manifest), manifest)
-
-
-def _write(draft: Draft, offset: int, tensor: Tensor) -> None:
-    if tensor.numel():
-        target = torch.frombuffer(draft.map, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        target.copy_(tensor.reshape(-1))
+    return manifest, pieces
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -153,15 +284,26 @@ def _shape(tensor: Tensor) -> TensorShape:
     )
 
 
+def _read_config(model: str, revision: str | None) -> transformers.PreTrainedConfig:
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False, **_at(revision))
+    except (OSError, ValueError, ImportError) as error:
+        raise BackboneInvalid(f"{model} cannot be loaded: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise BackboneInvalid(f"{model} is a quantised checkpoint; serve its bfloat16 or float32 original")
+    assert isinstance(config, transformers.PreTrainedConfig)
+    return config
+
+
+def _at(revision: str | None) -> dict[str, Any]:
+    return {"revision": revision} if revision else {}
+
+
 def _from_pretrained(
     model: str, *, dtype: str, revision: str | None, allow_pickle: bool
 ) -> transformers.PreTrainedModel:
-    options: dict[str, Any] = {"revision": revision} if revision else {}
     with _silent_progress_bars():
         try:
-            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False, **options)
-            if getattr(config, "quantization_config", None):
-                raise BackboneInvalid(f"{model} is a quantised checkpoint; serve its bfloat16 or float32 original")
             module, info = transformers.AutoModelForCausalLM.from_pretrained(
                 model,
                 dtype=getattr(torch, dtype),
@@ -169,7 +311,8 @@ def _from_pretrained(
                 trust_remote_code=False,
                 attn_implementation="eager",
                 output_loading_info=True,
-                **options,
+                ignore_mismatched_sizes=True,  # `info` names them
+                **_at(revision),
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise BackboneInvalid(f"{model} cannot be loaded: {error}") from error
@@ -183,13 +326,13 @@ def _from_pretrained(
     return module
 
 
-def _check_files(model: str, *, allow_pickle: bool) -> None:
-    """Says in one sentence what transformers would say in a page."""
+def _check_files(model: str, *, allow_pickle: bool) -> int:
+    """Says in one sentence what transformers would say in a page; returns the bytes of the weights, 0 if remote."""
     directory = Path(model)
     if not directory.is_dir():
         if directory.is_absolute() or model.startswith((".", "~")):
             raise BackboneInvalid(f"there is no directory {model}")
-        return  # a hub id
+        return 0  # a hub id
     if not (directory / "config.json").is_file():
         raise BackboneInvalid(f"{model} holds no config.json: it is not a Hugging Face model directory")
     weights = sorted(directory.glob("*.safetensors"))
@@ -201,7 +344,11 @@ def _check_files(model: str, *, allow_pickle: bool) -> None:
         )
     if not weights and not pickles:
         raise BackboneInvalid(f"{model} holds no *.safetensors weights")
-    needed, free = sum(path.stat().st_size for path in weights or pickles), available_bytes()
+    return sum(path.stat().st_size for path in weights or pickles)
+
+
+def _check_host_memory(model: str, needed: int) -> None:
+    free = available_bytes()
     if needed > free:
         raise BackboneInvalid(f"{model} needs {needed >> 20} MiB of memory, {free >> 20} MiB are available")
 
@@ -237,6 +384,18 @@ def _silent_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silent_warnings() -> Iterator[None]:
+    """What is wrong with a checkpoint is said when it is loaded in earnest."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _return_freed_memory_early() -> None:
