@@ -15,12 +15,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from serverlesslora.devices import DeviceSetting
 from serverlesslora.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Isolation = Literal["tenant", "shared"]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
+
+CPU_KV_MEMORY_MB = 1024
+CPU_STEP_TOKENS, DEVICE_STEP_TOKENS = 256, 2048  # enough rows to be bound by arithmetic, few enough to answer soon
 
 
 def default_state_dir() -> str:
@@ -62,6 +66,13 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admin_port: Annotated[
         int, Meta(ge=-1, le=65535, description="port of the admin API, always on 127.0.0.1; 0 picks one, -1 is off")
     ] = 8001
+    device: Annotated[
+        DeviceSetting,
+        Meta(
+            description="where backbones live and workers compute; 'auto': cuda where a GPU and cuda-bindings are, "
+            "else cpu; 'emulated': the CUDA path on host memory, slowly, for tests"
+        ),
+    ] = "auto"
     dtype: Annotated[Dtype, Meta(description="dtype of backbones that do not name their own")] = "bfloat16"
     isolation: Annotated[
         Isolation,
@@ -77,10 +88,24 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_pool: Annotated[
         int, Meta(ge=0, description="workers per backbone kept forked and warm for the domains that start next")
     ] = 1
-    threads: Annotated[int, Meta(ge=0, description="threads per worker; 0 is every core (workers take turns)")] = 0
-    kv_memory_mb: Annotated[Positive, Meta(description="upper bound of one worker's KV cache, MiB")] = 1024
+    threads: Annotated[
+        int, Meta(ge=0, description="threads per worker; 0 is every core on cpu (workers take turns), 1 elsewhere")
+    ] = 0
+    kv_memory_mb: Annotated[
+        Positive | None,
+        Meta(
+            description=f"upper bound of one worker's KV cache, MiB; not given: {CPU_KV_MEMORY_MB} on cpu, on a device "
+            "sized from what is free"
+        ),
+    ] = None
     max_running: Annotated[Positive, Meta(description="sequences one worker runs at once")] = 32
-    max_step_tokens: Annotated[Positive, Meta(description="prompt tokens one step may process")] = 256
+    max_step_tokens: Annotated[
+        Positive | None,
+        Meta(
+            description="prompt tokens one step may process; not given: "
+            f"{CPU_STEP_TOKENS} on cpu, {DEVICE_STEP_TOKENS} on a device"
+        ),
+    ] = None
     max_queue: Annotated[
         int, Meta(ge=0, description="requests one domain may have open; more are refused with 429 and Retry-After")
     ] = 512

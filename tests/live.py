@@ -85,6 +85,9 @@ def live(*arguments: str, deadline_s: float = 120.0) -> Iterator[Live]:
             wait_until(lambda: process.poll() is not None or is_healthy(server.url), deadline_s)
             assert process.poll() is None, log.read_text()
             yield server
+        except BaseException:
+            sys.stderr.write(log.read_text(errors="replace")[-10_000:])  # it is about to be deleted
+            raise
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

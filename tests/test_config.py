@@ -62,12 +62,19 @@ def test_nothing_named_is_the_demo_in_float32() -> None:
     assert (config.backbones[0].public_name, config.dtype) == ("demo", "float32")
 
 
+def test_a_device_is_named_or_chosen() -> None:
+    assert parse().device == "auto"
+    assert parse("--device", "emulated", "--kv-memory-mb", "7").device == "emulated"
+    assert (parse().kv_memory_mb, parse("--kv-memory-mb", "7").kv_memory_mb) == (None, 7)
+
+
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
         ({"prot": 1}, "prot"),
         ({"port": "x"}, "port"),
         ({"port": 70000}, "port"),
+        ({"device": "gpu"}, "device"),
         ({"idle_timeout_s": 0}, "idle_timeout_s"),
         ({"functions": [{"name": "../x", "adapter": "a"}]}, "name"),
         ({"backbones": [{"model": "m"}], "functions": [{"name": "m", "adapter": "a"}]}, "more than once"),

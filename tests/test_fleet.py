@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from serverlesslora.config import BackboneConfig, FunctionConfig, ServerConfig
+from serverlesslora.devices import DeviceKind
 from serverlesslora.errors import AdapterInvalid, ConfigError, Unavailable, WorkerLost
 from serverlesslora.gateway import backbone_service
 from serverlesslora.gateway.backbone_service import MAX_FAILED_STARTS, BackboneService
@@ -22,6 +23,7 @@ from serverlesslora.gateway.fleet import INSPECTIONS_AT_ONCE, Fleet, worker_limi
 from serverlesslora.gateway.store import CONFIG, WEIGHTS
 from serverlesslora.gateway.worker_state import WorkerState
 from serverlesslora_ipc.channel import AsyncChannel, Channel
+from serverlesslora_ipc.frames import close_fds
 from serverlesslora_ipc.messages import (
     BackboneFailed,
     Finished,
@@ -38,6 +40,7 @@ from serverlesslora_ipc.messages import (
     Ready,
     Refused,
     SamplingParams,
+    Sharing,
     Shutdown,
     Started,
     TextPrompt,
@@ -260,6 +263,7 @@ class PlayedChild:
             raise OSError("no process is left to be had")
         ours, theirs = socket.socketpair()
         self.module = module
+        self.arguments = list(arguments)
         self.pid = 1
         self.channel: AsyncChannel[HostToGateway | LauncherToGateway] = AsyncChannel(ours, receives, max_fds=max_fds)
         self.far: AsyncChannel[Any] = AsyncChannel(theirs, Any, max_fds=2)
@@ -275,6 +279,7 @@ def play_backbone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     scene: Callable[[BackboneService, list[PlayedChild]], Coroutine[Any, Any, None]],
+    device: DeviceKind = "cpu",
 ) -> None:
     async def run() -> None:
         config = ServerConfig(backbones=(BackboneConfig("base"),))
@@ -282,7 +287,8 @@ def play_backbone(
             "base",
             config.backbones[0],
             dtype="bfloat16",
-            limits=worker_limits(config),
+            device=device,
+            limits=worker_limits(config, device),
             lease_fd=-1,
             adapter_bytes=1,
             state_dir=str(tmp_path),
@@ -301,17 +307,21 @@ def play_backbone(
     asyncio.run(run())
 
 
-def publish(host: PlayedChild) -> None:
-    fds = [os.memfd_create(name) for name in ("weights", "manifest")]
-    host.far.send([Published(size_bytes=1, layout_digest="l", content_digest="c", seconds=0.1)], fds)
-    for fd in fds:
-        os.close(fd)
+def publish(host: PlayedChild, *, sharing: Sharing = "memfd", handle: bytes = b"") -> None:
+    fds = [os.memfd_create(name) for name in (("manifest",) if sharing == "cuda-ipc" else ("weights", "manifest"))]
+    published = Published(
+        size_bytes=1, layout_digest="l", content_digest="c", seconds=0.1, sharing=sharing, handle=handle
+    )
+    host.far.send([published], fds)
+    close_fds(fds)
 
 
-async def bring_up(service: BackboneService, children: list[PlayedChild]) -> tuple[PlayedChild, PlayedChild]:
+async def bring_up(
+    service: BackboneService, children: list[PlayedChild], *, sharing: Sharing = "memfd", handle: bytes = b""
+) -> tuple[PlayedChild, PlayedChild]:
     await until(lambda: len(children) == 2)
     host, launcher = children
-    publish(host)
+    publish(host, sharing=sharing, handle=handle)
     launcher.far.send([Prepared(seconds=0.1, context_length=10, vocab_size=10)])
     await service.wait_ready()
     return host, launcher

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import xxhash
 
+from serverlesslora.launcher.zygote import UVM_NODE
+from serverlesslora_ipc import process
 from serverlesslora_ipc.channel import Channel, ChannelClosed
 from serverlesslora_ipc.messages import (
     Exited,
@@ -28,6 +30,7 @@ from serverlesslora_ipc.messages import (
     Prepared,
     PromptEcho,
     Ready,
+    Sharing,
     Shutdown,
     WorkerLimits,
     WorkerToGateway,
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 100.0
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 LIMITS = WorkerLimits(threads=2, kv_bytes=1 << 20)
 
 
@@ -83,9 +86,12 @@ class Nothing:
     kv_bytes_per_token = 0
 
 
-def prepare_nothing(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:
+def prepare_nothing(
+    backbone: str, weights_fd: int | None, manifest_fd: int, sharing: Sharing, handle: bytes
+) -> Nothing:
     """For tests of processes: no model is needed to be killed."""
-    os.close(weights_fd)
+    if weights_fd is not None:
+        os.close(weights_fd)
     os.close(manifest_fd)
     return Nothing()
 
@@ -94,22 +100,55 @@ def rehearse_nothing(prepared: Nothing, limits: WorkerLimits) -> Nothing:
     return prepared
 
 
-def prepare_with_a_thread(backbone: str, weights_fd: int, manifest_fd: int) -> Nothing:
+def rehearse_for_ever(prepared: Nothing, limits: WorkerLimits) -> Nothing:
+    process.set_name("slora-for-ever")
+    while True:
+        signal.pause()
+
+
+def prepare_with_a_thread(backbone: str, *the_rest: Any) -> Nothing:
     import threading
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=signal.pause, name="pool", daemon=True).start()
-    return prepare_nothing(backbone, weights_fd, manifest_fd)
+    return prepare_nothing(backbone, *the_rest)
+
+
+def prepare_on_a_gpu(backbone: str, *the_rest: Any) -> Nothing:
+    """Leaves what initialising CUDA leaves: the driver's device node, open."""
+    import tempfile
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with tempfile.TemporaryDirectory() as directory:
+        os.open(f"{directory}/{UVM_NODE}", os.O_RDWR | os.O_CREAT)
+        return prepare_nothing(backbone, *the_rest)
+
+
+def prepare_by_handle(
+    backbone: str, weights_fd: int | None, manifest_fd: int, sharing: Sharing, handle: bytes
+) -> Nothing:
+    assert weights_fd is None
+    assert (sharing, handle) == ("cuda-ipc", b"handle")
+    return prepare_nothing(backbone, weights_fd, manifest_fd, sharing, handle)
 
 
 # --- the gateway's side ------------------------------------------------------------------------------------------
 
 
 class Worker:
-    def __init__(self, launcher: Launcher, worker_id: str, domain: str) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        worker_id: str,
+        domain: str,
+        *,
+        limits: WorkerLimits = LIMITS,
+        may_be_spare: bool = True,
+    ) -> None:
         ours, theirs = socket.socketpair()
+        fork = Fork(worker_id=worker_id, domain=domain, limits=limits, may_be_spare=may_be_spare)
         with theirs:
-            launcher.channel.send([Fork(worker_id=worker_id, domain=domain, limits=LIMITS)], [theirs.fileno()])
+            launcher.channel.send([fork], [theirs.fileno()])
         self.channel: Channel[WorkerToGateway] = Channel(ours, WorkerToGateway)
         forked = launcher.receive()
         assert isinstance(forked, Forked)
@@ -124,14 +163,14 @@ class Worker:
 
 
 class Launcher:
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, worker: str | None = "tests.test_zygote:run") -> None:
         self.resources = ExitStack()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "serverlesslora.launcher.zygote", "--fd", str(theirs.fileno())]
         self.process = subprocess.Popen(
-            [*command, "--worker", "tests.test_zygote:run", *arguments],
+            [*command, *(["--worker", worker] if worker else []), *arguments],
             pass_fds=[theirs.fileno()],
-            env=ENVIRONMENT,
+            env=os.environ | ENVIRONMENT,  # also what a test has set since
         )
         theirs.close()
         self.channel: Channel[LauncherToGateway] = Channel(ours, LauncherToGateway)
@@ -159,11 +198,19 @@ class Launcher:
         self.process.wait(TIMEOUT_S)
 
 
-def empty_launcher(preparing: str = "prepare_nothing", *, num_spares: int = 0) -> Launcher:
+def empty_launcher(
+    preparing: str = "prepare_nothing",
+    *,
+    rehearsing: str = "rehearse_nothing",
+    num_spares: int = 0,
+    sharing: Sharing = "memfd",
+    handle: bytes = b"",
+) -> Launcher:
     here = "tests.test_zygote"
-    launcher = Launcher("--prepare", f"{here}:{preparing}", "--rehearsal", f"{here}:rehearse_nothing")
+    launcher = Launcher("--prepare", f"{here}:{preparing}", "--rehearsal", f"{here}:{rehearsing}")
     null = os.open(os.devnull, os.O_RDONLY)
-    launcher.channel.send([Prepare(backbone="base", num_spares=num_spares, limits=LIMITS)], [null, null])
+    prepare = Prepare(backbone="base", num_spares=num_spares, limits=LIMITS, sharing=sharing, handle=handle)
+    launcher.channel.send([prepare], [null] if sharing == "cuda-ipc" else [null, null])
     os.close(null)
     return launcher
 
@@ -201,12 +248,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in proc(pid, f"task/{pid}/children").split()]
 
 
-def spares_of(launcher: Launcher) -> list[int]:
+def spares_of(launcher: Launcher, name: str = "slora-spare") -> list[int]:
     """Wait until there are spares; they rename themselves last."""
     found: list[int] = []
 
     def look() -> bool:
-        found[:] = [child for child in children(launcher.process.pid) if proc(child, "comm") == "slora-spare\n"]
+        found[:] = [child for child in children(launcher.process.pid) if proc(child, "comm") == f"{name}\n"]
         return bool(found)
 
     wait_until(look, TIMEOUT_S)
@@ -328,15 +375,24 @@ def test_a_spare_dies_with_its_launcher_and_a_worker_made_of_one_does_not() -> N
         assert isinstance(launcher.receive(), Prepared)
         spares_of(launcher)
         worker = Worker(launcher, "w", "waits")
+        worker.receive()  # by now it has renamed itself
         (spare,) = spares_of(launcher)
         spare_fd, worker_fd = os.pidfd_open(spare), os.pidfd_open(worker.pid)
         launcher.process.kill()
         launcher.process.wait(TIMEOUT_S)
         wait_for_end([spare_fd])
-        worker.receive()
         assert select.select([worker_fd], [], [], 0)[0] == []
         worker.channel.close()
         wait_for_end([worker_fd])
+
+
+def test_a_spare_that_still_rehearses_dies_with_its_launcher() -> None:
+    with empty_launcher(rehearsing="rehearse_for_ever", num_spares=1) as launcher:
+        assert isinstance(launcher.receive(), Prepared)
+        (spare,) = spares_of(launcher, "slora-for-ever")
+        pidfd = os.pidfd_open(spare)
+        launcher.process.kill()
+        wait_for_end([pidfd])
 
 
 def test_everybody_dies_with_a_killed_gateway(tmp_path: Path) -> None:
@@ -359,7 +415,7 @@ def test_everybody_dies_with_a_killed_gateway(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        env=os.environ | ENVIRONMENT | {"TMPDIR": str(tmp_path)},
     )
     with middle:
         assert middle.stdout is not None
@@ -377,6 +433,19 @@ def test_a_library_that_starts_a_thread_is_refused() -> None:
         assert isinstance(failed, LauncherFailed)
         assert "started threads in the launcher" in failed.reason
         assert launcher.process.wait(TIMEOUT_S) == 1
+
+
+def test_a_library_that_initialises_cuda_is_refused() -> None:
+    with empty_launcher("prepare_on_a_gpu") as launcher:
+        failed = launcher.receive()
+        assert isinstance(failed, LauncherFailed)
+        assert "initialised CUDA in the launcher" in failed.reason
+        assert launcher.process.wait(TIMEOUT_S) == 1
+
+
+def test_memory_shared_by_handle_comes_without_its_descriptor() -> None:
+    with empty_launcher("prepare_by_handle", sharing="cuda-ipc", handle=b"handle") as launcher:
+        assert isinstance(launcher.receive(), Prepared)
 
 
 def test_the_launcher_ends_when_told_and_when_its_channel_does() -> None:

@@ -1,4 +1,7 @@
-"""`serverlesslora doctor ADAPTER`: a dry run. What is in it, would it be served, and do its outputs equal PEFT's?"""
+"""`serverlesslora doctor ADAPTER`: a dry run. What is in it, would it be served, and do its outputs equal PEFT's?
+
+`serverlesslora doctor --device` asks the machine instead: see `device_report`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from serverlesslora.cli import device_report
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.demo import backbone_path
 from serverlesslora.errors import AdapterInvalid, ConfigError, ServerlessLoraError
@@ -37,10 +41,17 @@ class Diagnosis(msgspec.Struct, frozen=True):
 def add_parsers(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="check an adapter without a server",
+        help="check an adapter, or this machine's GPU, without a server",
         description="Loads the adapter strictly on its backbone, in float32, and compares its logits with PEFT's.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="directory of the PEFT adapter")
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="directory of the PEFT adapter")
+    parser.add_argument(
+        "--device",
+        nargs="?",
+        const="cuda",
+        choices=("cuda", "emulated"),
+        help="print what this machine's GPU offers and whether backbones can be shared on it",
+    )
     parser.add_argument(
         "--backbone",
         metavar="MODEL",
@@ -51,6 +62,15 @@ def add_parsers(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.device is not None:
+        found = device_report.examine(arguments.device)
+        if arguments.json:
+            print(msgspec.json.encode(found).decode())
+        else:
+            device_report.report(found)
+        return 0 if found.usable else 1
+    if arguments.adapter is None:
+        raise ConfigError("name an adapter's directory, or --device")
     diagnosis = diagnose(arguments.adapter, arguments.backbone)
     if arguments.json:
         print(msgspec.json.encode(diagnosis).decode())

@@ -1,8 +1,12 @@
 """One backbone's processes: its host and its launcher, started, restarted and asked for workers.
 
-The gateway keeps the host's sealed descriptors too. Memory lives as long as a descriptor does, so a host that dies is
+The gateway keeps the host's descriptors too. Memory lives as long as a descriptor does, so a host that dies is
 replaced by one that adopts them, and a launcher that dies is replaced without loading anything; workers that run
-notice neither.
+notice neither. Where a device shares without descriptors (`cuda-ipc`), the memory dies with its host: its workers are
+ended and it is loaded again.
+
+A backbone that was altered in memory is not served any more: nobody can tell which answers would be wrong. Its workers
+are ended, new ones refused, and /health says so until the server is restarted.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
+from weakref import WeakSet
 
 import msgspec
 
 from serverlesslora.config import BackboneConfig, Dtype
-from serverlesslora.errors import ConfigError, Unavailable
+from serverlesslora.devices import FALLBACKS, SENTENCES, DeviceKind
+from serverlesslora.errors import ConfigError, ServerlessLoraError, Unavailable
 from serverlesslora.gateway.child import Child
+from serverlesslora.gateway.commands import host_command, launcher_command
 from serverlesslora.gateway.worker_link import WorkerLink
 from serverlesslora_ipc.channel import AsyncChannel, ChannelClosed
 from serverlesslora_ipc.frames import close_fds
@@ -39,6 +46,7 @@ from serverlesslora_ipc.messages import (
     Prepared,
     Progress,
     Published,
+    Ready,
     Verified,
     Verify,
     WorkerLimits,
@@ -50,31 +58,25 @@ log = logging.getLogger("serverlesslora.backbone")
 MAX_BACKOFF_S = 10.0
 MAX_FAILED_STARTS = 3
 
-# OpenMP threads keep spinning for a moment after a parallel region. Long enough to bridge the gap to the next region
-# of a step, short enough to be asleep when another worker's turn begins.
-LAUNCHER_ENV = {"GOMP_SPINCOUNT": "20000", "MALLOC_ARENA_MAX": "2"}
-
-# With a thread per core, each stays on its own: else the kernel may put two on one core beside a foreign load, and
-# every barrier of a step waits for a time slice.
-PINNED_ENV = {"OMP_PROC_BIND": "true"}
-
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+# What a worker on a device that only looks at an adapter may take for a KV cache it will not use.
+INSPECTION_KV_BYTES = 64 << 20
 
 
 class Sealed(NamedTuple):
     """The published memory: descriptors this process holds, never maps."""
 
-    weights_fd: int
+    weights_fd: int | None  # None: shared by handle, which keeps nothing alive
     manifest_fd: int
     published: Published
+
+    @property
+    def fds(self) -> list[int]:
+        return [self.manifest_fd] if self.weights_fd is None else [self.weights_fd, self.manifest_fd]
 
 
 class BackboneStatus(msgspec.Struct, frozen=True):
     name: str
-    state: str  # "loading", "preparing", "ready"
+    state: str  # "loading", "preparing", "ready", "altered"
     sharing: str
     size_bytes: int
     content_digest: str | None
@@ -82,6 +84,8 @@ class BackboneStatus(msgspec.Struct, frozen=True):
     launcher_pid: int | None
     context_length: int | None
     restarts: int
+    device: str = "cpu"  # its kind, and its name once a worker has told it
+    graphs: str = ""  # as the last worker told it; empty on cpu and before the first
 
 
 class BackboneService:
@@ -91,6 +95,7 @@ class BackboneService:
         config: BackboneConfig,
         *,
         dtype: Dtype,
+        device: DeviceKind,
         limits: WorkerLimits,
         lease_fd: int,
         adapter_bytes: int,
@@ -101,21 +106,26 @@ class BackboneService:
         self.name = name
         self._config = config
         self._dtype = dtype
+        self._device = device
         self._limits = limits
         self._lease_fd = lease_fd
         self._adapter_bytes = adapter_bytes
         self._warm_pool = warm_pool
-        # transformers imports torch's compiler, which makes this folder (else in the temporary one) and leaves it.
-        self._env = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(state_dir, "torch")}
+        self._state_dir = state_dir
         self._on_progress = on_progress
         self._host: Child[HostToGateway] | None = None
-        self._launcher: Child[LauncherToGateway] | None = None
+        self._launcher: Child[LauncherToGateway] | None = None  # prepared, so that it can be asked for workers
+        self._preparing: Child[LauncherToGateway] | None = None  # the same one, also before it is prepared
         self._sealed: Sealed | None = None
+        self._has_published = False
         self._published = asyncio.Event()
         self._ready = asyncio.Event()
         self._prepared: Prepared | None = None
         self._verifying: asyncio.Future[Verified] | None = None
-        self._failure: ConfigError | None = None
+        self._failure: ServerlessLoraError | None = None
+        self._is_altered = False
+        self._told: Ready | None = None  # what the last worker said of its device
+        self._links: WeakSet[WorkerLink] = WeakSet()
         self._worker_ids = itertools.count(1)
         self._restarts = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -133,13 +143,11 @@ class BackboneService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._sealed is not None:
-            os.close(self._sealed.weights_fd)
-            os.close(self._sealed.manifest_fd)
-            self._sealed = None
+        self._forget_memory()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Raises ConfigError when the backbone cannot be loaded, Unavailable when it is not ready in time."""
+        """Raises ConfigError when the backbone cannot be loaded, Unavailable when it is not ready in time or was
+        altered."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._ready.wait()
@@ -164,18 +172,25 @@ class BackboneService:
     def content_digest(self) -> str | None:
         return self._sealed.published.content_digest if self._sealed else None
 
+    @property
+    def is_altered(self) -> bool:
+        """Its digest was found to be another than when it was loaded."""
+        return self._is_altered
+
     def status(self) -> BackboneStatus:
         state = "ready" if self.is_ready else "preparing" if self._published.is_set() else "loading"
         return BackboneStatus(
             name=self.name,
-            state=state,
-            sharing="sealed memfd, mapped read-only",
+            state="altered" if self._is_altered else state,
+            sharing=SENTENCES[self._sealed.published.sharing] if self._sealed else "not loaded yet",
             size_bytes=self._sealed.published.size_bytes if self._sealed else 0,
             content_digest=self.content_digest,
             host_pid=self._host.pid if self._host else None,
             launcher_pid=self._launcher.pid if self._launcher else None,
             context_length=self.context_length,
             restarts=self._restarts,
+            device=self._told.device if self._told else self._device,
+            graphs=self._told.graphs if self._told else "",
         )
 
     async def verify(self) -> Verified:
@@ -197,27 +212,41 @@ class BackboneService:
     # --- workers
 
     def fork(self, domain: str, *, may_be_spare: bool = True) -> WorkerLink:
-        """Ask the launcher for a worker. Raises Unavailable while there is no launcher to ask."""
+        """Ask the launcher for a worker. Raises Unavailable while there is no launcher to ask, or no backbone that may
+        be served."""
+        if self._is_altered and self._failure is not None:
+            raise self._failure
         if self._launcher is None or not self.is_ready:
             raise Unavailable(f"the backbone {self.name!r} is not ready yet", retry_after_s=5)
         worker_id = f"{self.name}-{next(self._worker_ids)}"
+        limits = self._limits
+        if self._device != "cpu" and not may_be_spare:
+            limits = msgspec.structs.replace(limits, kv_bytes=INSPECTION_KV_BYTES)
         ours, theirs = socket.socketpair()
         with theirs:
             channel: AsyncChannel[WorkerToGateway] = AsyncChannel(ours, WorkerToGateway)
             try:
-                fork = Fork(worker_id=worker_id, domain=domain, limits=self._limits, may_be_spare=may_be_spare)
+                fork = Fork(worker_id=worker_id, domain=domain, limits=limits, may_be_spare=may_be_spare)
                 self._launcher.channel.send([fork], [theirs.fileno()])
             except (ChannelClosed, OSError) as error:  # OSError: no descriptor is left to send one
                 channel.close()
                 log.warning("cannot ask the launcher of %s: %s", self.name, error)
                 raise Unavailable(f"the launcher of {self.name!r} is restarting", retry_after_s=1) from None
-        return WorkerLink(
+        link = WorkerLink(
             worker_id,
             domain,
             channel,
             adapter_bytes=self._adapter_bytes,
             end_process=lambda: self._end_worker(worker_id),
         )
+        self._links.add(link)
+        if may_be_spare:  # one that only looks at an adapter captures nothing
+            link.ready.add_done_callback(self._learn)
+        return link
+
+    def _learn(self, ready: asyncio.Future[Ready]) -> None:
+        if not ready.cancelled() and ready.exception() is None:
+            self._told = ready.result()
 
     def _end_worker(self, worker_id: str) -> None:
         # The pid comes from the launcher: what a worker says of itself must not decide whom we kill.
@@ -246,17 +275,16 @@ class BackboneService:
             await asyncio.sleep(backoff_s)
 
     async def _run_host(self) -> None:
-        module, arguments = "serverlesslora.backbone.hold", []
-        if self._sealed is None:
-            module = "serverlesslora.backbone.host"
-            arguments = ["--model", self._config.model, "--dtype", self._dtype]
-            if self._config.allow_pickle:
-                arguments.append("--allow-pickle")
-        host: Child[HostToGateway] = Child(module, arguments, HostToGateway, env=self._env, max_fds=2)
+        command = host_command(
+            self._config, self._dtype, self._device, adopts=self._sealed is not None, state_dir=self._state_dir
+        )
+        host: Child[HostToGateway] = Child(
+            command.module, command.arguments, HostToGateway, env=command.env, pass_fds=command.pass_fds, max_fds=2
+        )
         self._host = host
         try:
             if self._sealed is not None:
-                host.channel.send([Adopt()], [self._sealed.weights_fd, self._sealed.manifest_fd])
+                host.channel.send([Adopt()], self._sealed.fds)
             async for frame in host.channel:
                 for message in frame.messages:
                     match message:
@@ -265,10 +293,9 @@ class BackboneService:
                         case Published():
                             self._keep(frame.fds, message)
                         case BackboneFailed():
-                            self._report_failure(message.reason, worked_before=self._sealed is not None)
+                            self._report_failure(message.reason, worked_before=self._has_published)
                         case Verified():
-                            if self._verifying is not None and not self._verifying.done():
-                                self._verifying.set_result(message)
+                            self._hear_verified(message)
         except ChannelClosed:
             pass
         finally:
@@ -276,24 +303,40 @@ class BackboneService:
             self._give_up_verifying()
             status = await host.stop()
         log.warning("host of backbone %s ended with status %s", self.name, status)
-        if self._sealed is None and self._failure is None:
+        if self._failure is not None:
+            return
+        if not self._has_published:
             self._fail(f"its host process ended with status {status} while loading")
+        elif self._sealed is not None and self._sealed.weights_fd is None:
+            log.error("the memory of %s is gone with its host: its workers are ended and it is loaded again", self.name)
+            self._forget_memory()
+            self._published.clear()
+            self._ready.clear()
+            if self._preparing is not None:
+                self._preparing.channel.close()
+            self._end_workers()
 
     async def _run_launcher(self) -> None:
         # Started before the weights are there: it imports its libraries while the host loads.
-        launcher: Child[LauncherToGateway] = Child(
-            "serverlesslora.launcher.zygote",
-            ["--lease-fd", str(self._lease_fd)],
-            LauncherToGateway,
-            env=LAUNCHER_ENV | self._env | (PINNED_ENV if self._limits.threads == num_cores() else {}),
-            pass_fds=[self._lease_fd],
+        command = launcher_command(
+            self._device, threads=self._limits.threads, lease_fd=self._lease_fd, state_dir=self._state_dir
         )
+        launcher: Child[LauncherToGateway] = Child(
+            command.module, command.arguments, LauncherToGateway, env=command.env, pass_fds=command.pass_fds
+        )
+        self._preparing = launcher
         try:
             await self._published.wait()
             if self._failure is not None or self._sealed is None:
                 return
-            prepare = Prepare(backbone=self.name, num_spares=self._warm_pool, limits=self._limits)
-            launcher.channel.send([prepare], [self._sealed.weights_fd, self._sealed.manifest_fd])
+            prepare = Prepare(
+                backbone=self.name,
+                num_spares=self._warm_pool,
+                limits=self._limits,
+                sharing=self._sealed.published.sharing,
+                handle=self._sealed.published.handle,
+            )
+            launcher.channel.send([prepare], self._sealed.fds)
             async for frame in launcher.channel:
                 for message in frame.messages:
                     match message:
@@ -316,7 +359,7 @@ class BackboneService:
         except ChannelClosed:
             pass
         finally:
-            self._launcher = None
+            self._launcher = self._preparing = None
             if self._failure is None:
                 self._ready.clear()
             status = await launcher.stop()
@@ -326,9 +369,43 @@ class BackboneService:
         if self._sealed is not None:  # an adopting host says what it holds; we hold the same memory already
             close_fds(fds)
             return
-        weights_fd, manifest_fd = fds
-        self._sealed = Sealed(weights_fd, manifest_fd, published)
+        *weights, manifest_fd = fds
+        assert len(weights) == (published.sharing != "cuda-ipc")
+        self._sealed = Sealed(weights[0] if weights else None, manifest_fd, published)
+        self._has_published = True
+        if published.sharing in FALLBACKS:
+            log.warning("the backbone %s is shared by a fallback: %s", self.name, SENTENCES[published.sharing])
         self._published.set()
+
+    def _forget_memory(self) -> None:
+        if self._sealed is not None:
+            close_fds(self._sealed.fds)
+            self._sealed = None
+
+    def _hear_verified(self, verified: Verified) -> None:
+        """The answer to Verify; where workers could write, the host also says unasked what it found while idle."""
+        if self._verifying is not None and not self._verifying.done():
+            self._verifying.set_result(verified)
+        if verified.intact or self._is_altered:
+            return
+        log.error(
+            "the backbone %s was ALTERED in memory (its digest is now %s): its workers are ended and it is not served "
+            "any more; restart the server",
+            self.name,
+            verified.content_digest,
+        )
+        self._is_altered = True
+        self._failure = Unavailable(
+            f"the backbone {self.name!r} was altered in memory and is not served until the server is restarted",
+            retry_after_s=60,
+        )
+        self._published.set()
+        self._ready.set()  # whoever waits must hear why
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        for link in list(self._links):
+            link.kill()
 
     def _report_failure(self, reason: str, *, worked_before: bool) -> None:
         """What worked once will work again: only a first failure is the configuration's."""
@@ -339,7 +416,7 @@ class BackboneService:
 
     def _check_limits(self, prepared: Prepared) -> None:
         needed = prepared.kv_bytes_per_token * self._limits.block_size
-        if self._limits.kv_bytes < needed:
+        if 0 < self._limits.kv_bytes < needed:  # 0: sized from what is free
             self._fail(f"one KV block needs {needed} bytes, --kv-memory-mb allows {self._limits.kv_bytes}")
 
     def _fail(self, reason: str) -> None:

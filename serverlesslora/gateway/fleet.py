@@ -15,7 +15,8 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from serverlesslora.config import FunctionConfig, ServerConfig
+from serverlesslora.config import CPU_KV_MEMORY_MB, CPU_STEP_TOKENS, DEVICE_STEP_TOKENS, FunctionConfig, ServerConfig
+from serverlesslora.devices import DeviceKind, choose_device
 from serverlesslora.errors import (
     ConfigError,
     InvalidRequest,
@@ -24,8 +25,9 @@ from serverlesslora.errors import (
     ServerlessLoraError,
     Unavailable,
 )
-from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus, num_cores
+from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus
 from serverlesslora.gateway.backend import BackendStats, GenerationRequest, Health, ModelCard
+from serverlesslora.gateway.commands import num_cores
 from serverlesslora.gateway.generation import FleetGeneration
 from serverlesslora.gateway.registry import Backbone, Function, Registry, Target, domain_of
 from serverlesslora.gateway.store import AdapterStore, StoredAdapter
@@ -61,12 +63,14 @@ class FleetStatus(msgspec.Struct, frozen=True):
     domains: dict[str, str]  # function -> domain
 
 
-def worker_limits(config: ServerConfig) -> WorkerLimits:
+def worker_limits(config: ServerConfig, device: DeviceKind) -> WorkerLimits:
+    """On a device the CPU only prepares steps, and kv_bytes 0 means: sized from what is free."""
+    on_cpu = device == "cpu"
     return WorkerLimits(
-        threads=config.threads or num_cores(),
-        kv_bytes=config.kv_memory_mb << 20,
+        threads=config.threads or (num_cores() if on_cpu else 1),
+        kv_bytes=(config.kv_memory_mb or (CPU_KV_MEMORY_MB if on_cpu else 0)) << 20,
         max_running=config.max_running,
-        max_step_tokens=config.max_step_tokens,
+        max_step_tokens=config.max_step_tokens or (CPU_STEP_TOKENS if on_cpu else DEVICE_STEP_TOKENS),
         prefix_cache=config.prefix_cache,
         max_model_len=config.max_model_len,
     )
@@ -80,13 +84,16 @@ class Fleet:
     ) -> None:
         self._config = config
         self._lease_fd = create_lease_fd()
+        device, reason = choose_device(config.device)
+        log.info("device %s: %s", device, reason)
         created = int(time.time())
         self._services = {
             backbone.public_name: BackboneService(
                 backbone.public_name,
                 backbone,
                 dtype=backbone.dtype or config.dtype,
-                limits=worker_limits(config),
+                device=device,
+                limits=worker_limits(config, device),
                 lease_fd=self._lease_fd,
                 adapter_bytes=ADAPTER_BYTES_PER_WORKER,
                 state_dir=config.state_dir,
@@ -333,16 +340,24 @@ class Fleet:
         )
 
     def health(self) -> Health:
-        failed = [s.name for s in self._services.values() if s.status().state != "ready"]
+        backbones = [service.status() for service in self._services.values()]
         detail: dict[str, Any] = {
-            "backbones": {
-                s.name: {"state": s.status().state, "sharing": s.status().sharing} for s in self._services.values()
-            },
+            "backbones": {b.name: _health_of(b) for b in backbones},
             "functions": sum(1 for _ in self.registry.functions()),
             "workers": sum(1 for _ in self._workers),
         }
-        # A launcher that restarts keeps new domains waiting; restarting the whole server would help nobody.
-        return Health(alive=self._is_started, ready=self._is_started and not failed, detail=detail)
+        is_altered = any(b.state == "altered" for b in backbones)
+        is_ready = all(b.state == "ready" for b in backbones)
+        # A launcher that restarts keeps new domains waiting; restarting the whole server would help nobody. It is the
+        # only help for a backbone that was altered.
+        return Health(alive=self._is_started and not is_altered, ready=self._is_started and is_ready, detail=detail)
+
+
+def _health_of(backbone: BackboneStatus) -> dict[str, str]:
+    facts = {"state": backbone.state, "device": backbone.device, "sharing": backbone.sharing}
+    if backbone.device != "cpu":
+        facts["graphs"] = backbone.graphs or "not known before the first worker"
+    return facts
 
 
 def _decrement(counter: Counter[str], key: str) -> None:

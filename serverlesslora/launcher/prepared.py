@@ -5,23 +5,29 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from serverlesslora.backbone.attach import attach
 from serverlesslora.engine.attention import bytes_per_token
+from serverlesslora.engine.device import Device
 from serverlesslora.engine.engine import Engine
+from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.shortcuts import take_shortcuts
 from serverlesslora_ipc import manifest as manifests
 from serverlesslora_ipc import sealed
 from serverlesslora_ipc.manifest import Manifest
-from serverlesslora_ipc.messages import Failed, Generate, SamplingParams, TokensPrompt, WorkerLimits
+from serverlesslora_ipc.messages import Failed, Generate, SamplingParams, Sharing, TokensPrompt, WorkerLimits
 from serverlesslora_kernels.segments import sgmv_kernels
+
+if TYPE_CHECKING:
+    from serverlesslora.backbone.device_map import MappedBackbone
 
 # Where a config may say how many positions a model can tell apart.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -36,16 +42,13 @@ class PrepareError(Exception):
 
 
 @dataclass(frozen=True)
-class PreparedBackbone:
-    """Made once in the launcher; each worker gets it by being forked. `weights` is mapped read-only."""
+class BuiltBackbone:
+    """What the manifest alone makes: a module tree and a tokenizer."""
 
     backbone: str
     manifest: Manifest
-    weights: mmap.mmap
     model: PreTrainedModel
-    lora: LoraModel
     text: TextCodec
-    is_rehearsed: bool = False  # this process has filled its page tables and run a step
 
     @property
     def context_length(self) -> int:
@@ -60,9 +63,35 @@ class PreparedBackbone:
         return int(self.model.config.get_text_config().vocab_size)
 
 
-def prepare(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbone:
+@dataclass(frozen=True)
+class PreparedBackbone(BuiltBackbone):
+    """A backbone an engine can run on. On CPU it is made once in the launcher and each worker gets it by being forked;
+    on a device each process makes its own."""
+
+    lora: LoraModel
+    device: Device = HOST
+    device_name: str = "cpu"
+    weights: mmap.mmap | None = field(default=None, kw_only=True)  # on CPU: mapped read-only
+    mapped: MappedBackbone | None = field(default=None, kw_only=True)  # on a device; what `model` is made of
+    engine: Engine | None = None  # ready, and used for nothing but its rehearsal
+    is_rehearsed: bool = False  # this process has filled its page tables and run a step
+
+    def engine_for(self, limits: WorkerLimits) -> Engine:
+        """The rehearsed one, whose memory and graphs are there, if it has these limits."""
+        if self.engine is not None:
+            if self.engine.limits == limits:
+                return self.engine
+            self.engine.close()
+        return Engine(self.model, self.lora, self.text, limits, time.monotonic, self.device)
+
+
+def prepare(
+    backbone: str, weights_fd: int | None, manifest_fd: int, sharing: Sharing = "memfd", handle: bytes = b""
+) -> PreparedBackbone:
     """Takes over both descriptors. Starts no thread, so that the process can be forked afterwards."""
     torch.set_num_threads(1)  # a parallel region before the fork would start a pool that workers only seem to have
+    assert sharing == "memfd"
+    assert weights_fd is not None
     try:
         sealed.check_sealed(weights_fd)
         manifest = manifests.read(manifest_fd)
@@ -70,24 +99,29 @@ def prepare(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbon
     finally:
         os.close(weights_fd)
         os.close(manifest_fd)
-    if manifest.tokenizer is None:
-        raise PrepareError(f"{manifest.model} has no tokenizer files beside its weights")
     model = attach(weights, manifest, attention="eager")  # each worker's engine puts its own in its place
     lora = LoraModel(model)
     take_shortcuts(model)
-    config = model.config.get_text_config()
     prepared = PreparedBackbone(
         backbone=backbone,
         manifest=manifest,
         weights=weights,
         model=model,
         lora=lora,
-        text=TextCodec.from_directory(
-            Path(manifest.tokenizer), context_length=context_length(config), vocab_size=config.vocab_size
-        ),
+        text=text_codec(manifest, model),
     )
     warm_up(prepared, threads=1)
     return prepared
+
+
+def text_codec(manifest: Manifest, model: PreTrainedModel) -> TextCodec:
+    """Raises PrepareError for a model that came without a tokenizer."""
+    if manifest.tokenizer is None:
+        raise PrepareError(f"{manifest.model} has no tokenizer files beside its weights")
+    config = model.config.get_text_config()
+    return TextCodec.from_directory(
+        Path(manifest.tokenizer), context_length=context_length(config), vocab_size=config.vocab_size
+    )
 
 
 def warm_up(prepared: PreparedBackbone, *, threads: int) -> None:
@@ -98,14 +132,19 @@ def warm_up(prepared: PreparedBackbone, *, threads: int) -> None:
     kv_bytes = prepared.kv_bytes_per_token * (num_tokens + 2 + 2 * BLOCK_SIZE)
     limits = WorkerLimits(threads=threads, kv_bytes=kv_bytes, max_running=1, block_size=BLOCK_SIZE)
     engine = Engine(prepared.model, prepared.lora, prepared.text, limits, time.monotonic)
-    prompt = TokensPrompt(token_ids=tuple(i % prepared.vocab_size for i in range(num_tokens)))
+    answer_once(engine, num_tokens, prepared.vocab_size)
+    engine.close()
+
+
+def answer_once(engine: Engine, num_tokens: int, vocab_size: int) -> None:
+    """A prompt of so many tokens and two more, said to nobody."""
+    prompt = TokensPrompt(token_ids=tuple(i % vocab_size for i in range(num_tokens)))
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     engine.submit(Generate(request_id="warm-up", adapter=None, prompt=prompt, sampling=sampling))
     while engine.has_work:
         for message in engine.step():
             if isinstance(message, Failed):
                 raise PrepareError(f"the backbone cannot answer: {message.error.message}")
-    engine.close()
 
 
 def context_length(config: PreTrainedConfig) -> int:

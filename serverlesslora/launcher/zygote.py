@@ -1,8 +1,9 @@
-"""The launcher on CPU: a process with everything imported and built that is forked for each worker.
+"""The launcher: a process with everything imported and built that is forked for each worker.
 
 Run as `python -m serverlesslora.launcher.zygote --fd N`. It stays single-threaded all its life, because a thread pool
-does not survive a fork: the child would wait for threads it does not have. Workers outlive it (they follow their own
-channel) but never the gateway.
+does not survive a fork: the child would wait for threads it does not have. For the same reason it never touches a GPU:
+what a child would inherit of a driver is broken there. Its spares do that, each for itself. Workers outlive the
+launcher (they follow their own channel) but never the gateway.
 """
 
 from __future__ import annotations
@@ -32,20 +33,37 @@ from serverlesslora_ipc.messages import (
     LauncherFailed,
     Prepare,
     Prepared,
+    Sharing,
     Shutdown,
     WorkerLimits,
 )
 
 if TYPE_CHECKING:
-    from serverlesslora.launcher.prepared import PreparedBackbone
+    from serverlesslora.launcher.prepared import BuiltBackbone
 
-    Build = Callable[[str, int, int], PreparedBackbone]
-    Run = Callable[[socket.socket, PreparedBackbone, Fork], int]
-    Rehearse = Callable[[PreparedBackbone, WorkerLimits], PreparedBackbone]
+    Build = Callable[[str, int | None, int, Sharing, bytes], BuiltBackbone]
+    Run = Callable[[socket.socket, Any, Fork], int]
+    Rehearse = Callable[[Any, WorkerLimits], BuiltBackbone]
 
-REHEARSAL = "serverlesslora.worker.main:rehearse"
-WORKER = "serverlesslora.worker.main:run"
-PREPARE = "serverlesslora.launcher.prepared:prepare"
+
+class Entries(NamedTuple):
+    """Each is `module:function`."""
+
+    prepare: str  # maps and builds a backbone, once, in the launcher
+    rehearsal: str  # what a spare does before it waits
+    worker: str  # a worker's life
+
+
+ON_CPU = Entries(
+    "serverlesslora.launcher.prepared:prepare",
+    "serverlesslora.worker.main:rehearse",
+    "serverlesslora.worker.main:run",
+)
+ON_DEVICE = Entries(
+    "serverlesslora.launcher.device:prepare",
+    "serverlesslora.launcher.device:rehearse",
+    "serverlesslora.launcher.device:run",
+)
 
 # Read by libraries while they load, so it is set before the first of them is imported; what the gateway set wins.
 ENVIRONMENT = {
@@ -54,7 +72,14 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",  # idle OpenMP threads of one worker must not burn the cores of another
     "HF_HUB_OFFLINE": "1",  # whatever was to be fetched, the backbone host has fetched
 }
-
+DEVICE_ENVIRONMENT = {
+    "CUDA_MODULE_LOADING": "LAZY",  # only the kernels that run take device memory, in each worker
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8",  # 8 MiB in each worker instead of the 32 MiB cuBLAS takes on Hopper
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # memory is not lost in the gaps between fixed segments
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a library that asks whether there is a GPU must not initialise it by that
+}
+EMULATED_ENVIRONMENT = {"TRITON_INTERPRET": "1"}
+UVM_NODE = "nvidia-uvm"  # a process has it open exactly since it initialised CUDA
 
 # A new spare is made a moment after the last was taken: its rehearsal would compete with the first answer of the
 # worker that took it.
@@ -83,7 +108,7 @@ class Zygote:
         self._prepare_message: Prepare | None = None
         self._spares: dict[int, _Spare] = {}  # by pidfd
         self._refill_at = float("inf")
-        self._prepared: PreparedBackbone | None = None
+        self._prepared: BuiltBackbone | None = None
         self._children: dict[int, _Child] = {}  # by pidfd, which becomes readable when the child ends
         self._events = select.poll()
         self._events.register(channel, select.POLLIN)
@@ -115,9 +140,12 @@ class Zygote:
         started = time.monotonic()
         try:
             assert self._prepared is None
-            assert len(fds) == 2
-            prepared = self._build(prepare.backbone, fds[0], fds[1])
+            *weights, manifest_fd = fds
+            assert len(weights) == (prepare.sharing != "cuda-ipc")
+            weights_fd = weights[0] if weights else None
+            prepared = self._build(prepare.backbone, weights_fd, manifest_fd, prepare.sharing, prepare.handle)
             self._check_single_threaded()
+            self._check_no_gpu()
         except Exception as error:
             traceback.print_exc()
             self._channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
@@ -149,7 +177,7 @@ class Zygote:
             close_fds(fds)  # the child's copy must be the only one, or its death would not be an end of stream
         self._channel.send([Forked(worker_id=fork.worker_id, pid=pid)])
 
-    def _fork_now(self, fork: Fork, fd: int, prepared: PreparedBackbone) -> int:
+    def _fork_now(self, fork: Fork, fd: int, prepared: BuiltBackbone) -> int:
         pid = os.fork()
         if pid == 0:
             os._exit(self._child(fork, fd, prepared))
@@ -202,7 +230,7 @@ class Zygote:
         self._events.register(pidfd, select.POLLIN)
         self._plan_refill(REFILL_DELAY_S)
 
-    def _spare(self, waiting: Channel[Fork], limits: WorkerLimits, prepared: PreparedBackbone) -> int:
+    def _spare(self, waiting: Channel[Fork], limits: WorkerLimits, prepared: BuiltBackbone) -> int:
         """A child's life before it is a worker; it ends with the launcher as long as it has no domain."""
         try:
             self._channel.close()
@@ -212,8 +240,10 @@ class Zygote:
             close_fds(self._spares)
             self._children, self._spares = {}, {}
             process.set_name("slora-spare")
+            process.die_with_parent()  # also in the middle of a rehearsal, which takes seconds on a device
             prepared = self._rehearse(prepared, limits)
             messages, fds = waiting.receive()
+            process.outlive_parent()
             waiting.close()
         except ChannelClosed:
             return 0
@@ -222,7 +252,7 @@ class Zygote:
             return 1
         return self._child(messages[0], fds[0], prepared)
 
-    def _child(self, fork: Fork, fd: int, prepared: PreparedBackbone) -> int:
+    def _child(self, fork: Fork, fd: int, prepared: BuiltBackbone) -> int:
         """The worker's life; the return value is its exit code. Nothing of the zygote's may run after it."""
         try:
             self._channel.close()
@@ -265,28 +295,40 @@ class Zygote:
             names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
             raise RuntimeError(f"a library started threads in the launcher, which must be forked: {names}")
 
+    @staticmethod
+    def _check_no_gpu() -> None:
+        with os.scandir("/proc/self/fd") as entries:
+            links = [os.readlink(entry.path) for entry in entries]
+        if any(os.path.basename(link).split(" ")[0] == UVM_NODE for link in links):
+            raise RuntimeError("a library initialised CUDA in the launcher, whose forked children could not use it")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="serverlesslora.launcher.zygote")
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "emulated"])
     parser.add_argument("--lease-fd", type=int, help="what workers of this device lock for a turn")
-    parser.add_argument("--worker", default=WORKER, help="module:function that is a worker's life")
-    parser.add_argument("--rehearsal", default=REHEARSAL, help="module:function that a spare does before it waits")
-    parser.add_argument("--prepare", default=PREPARE, help="module:function that maps and builds a backbone")
+    parser.add_argument("--worker", help="module:function that is a worker's life")
+    parser.add_argument("--rehearsal", help="module:function that a spare does before it waits")
+    parser.add_argument("--prepare", help="module:function that maps and builds a backbone")
     options = parser.parse_args(argv)
     cores = os.sched_getaffinity(0)  # before OpenMP pins this thread, and so what it starts, to one of them
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-launcher")
-    for name, value in ENVIRONMENT.items():
+    for name, value in _environment(options.device).items():
         os.environ.setdefault(name, value)
     channel: Channel[GatewayToLauncher] = Channel.inherited(options.fd, GatewayToLauncher)
     try:
-        run, rehearse = _resolve(options.worker), _lazy(options.rehearsal)
+        entries = ON_CPU if options.device == "cpu" else ON_DEVICE
+        build = _resolve(options.prepare or entries.prepare)
+        if options.device != "cpu" and not options.prepare:
+            build = functools.partial(build, kind=options.device)
+        run, rehearse = _resolve(options.worker or entries.worker), _lazy(options.rehearsal or entries.rehearsal)
         if options.lease_fd is not None:
             run = functools.partial(run, lease_fd=options.lease_fd, cores=cores)
             rehearse = functools.partial(rehearse, lease_fd=options.lease_fd)
-        zygote = Zygote(channel, _resolve(options.prepare), run, rehearse)
+        zygote = Zygote(channel, build, run, rehearse)
         return zygote.main_loop()
     except ChannelClosed:
         return 0
@@ -294,6 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
         return 1
+
+
+def _environment(device: str) -> dict[str, str]:
+    on_device = DEVICE_ENVIRONMENT if device != "cpu" else {}
+    return ENVIRONMENT | on_device | (EMULATED_ENVIRONMENT if device == "emulated" else {})
 
 
 def _lazy(entry: str) -> Callable[..., Any]:
