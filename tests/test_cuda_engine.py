@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,27 +19,12 @@ from serverlesslora.engine.cuda.sampler import DeviceSampler
 from serverlesslora.engine.decode_graphs import DecodeGraphs
 from serverlesslora.engine.sampler import Sampler, SampleRow
 from serverlesslora.engine.scheduler import Work
-from serverlesslora_ipc.cuda.driver import Driver, open_driver
 from serverlesslora_ipc.messages import Finished, SamplingParams
 from tests.fakes import ATTENTION_AND_HEAD, merge_adapter, tiny_model, write_adapter
 from tests.test_engine import Bench, prompt_of, solo
 
 RANKS = {"a": 2, "b": 3, "head": 8, "wide": 33}
 BODY = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Driver]:
-    monkeypatch.setenv("SERVERLESSLORA_EMULATED_DEVICE", f"engine-{id(request)}")
-    driver = open_driver("emulated")
-    driver.start()
-    yield driver
-    driver.stop()
-
-
-@pytest.fixture
-def device(driver: Driver) -> CudaDevice:
-    return CudaDevice("emulated", driver)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from serverlesslora.engine.cuda.device import CudaDevice
 from tests.fakes import FAMILIES, tiny_model
-from tests.test_cuda_engine import device, driver, replays  # noqa: F401  (fixtures)
+from tests.test_cuda_engine import replays  # noqa: F401  (a fixture)
 from tests.test_engine import Bench, solo
 
 # Windows, soft caps, sinks, experts, values narrower than keys, no rotary embedding, heads of odd sizes.

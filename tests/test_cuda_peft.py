@@ -12,13 +12,12 @@ from serverlesslora.engine.cuda.device import CudaDevice
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.shortcuts import take_shortcuts
 from tests import test_lora_peft as on_cpu
-from tests.test_cuda_engine import device, driver  # noqa: F401  (fixtures)
 
 SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
-def on_device(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def on_device(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrapped(model: PreTrainedModel) -> LoraModel:
         lora = LoraModel(model, device)
         take_shortcuts(model, device)

@@ -275,6 +275,7 @@ class Engine:
         if self._pool is None:
             return 0
         if idle_s >= FORGET_AFTER_S:
+            self._runner.release_cached()
             return self._pool.give_back(keep_cached=False, keep_chunks=0)
         return self._pool.give_back(keep_cached=True)
 

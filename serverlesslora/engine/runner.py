@@ -64,6 +64,11 @@ class Runner:
         # The head sees other rows than the body, and it may carry LoRA too.
         self._hook = model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
 
+    def release_cached(self) -> None:
+        """Memory that torch keeps for the next step goes back to the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Leave the model to another runner."""
         self._hook.remove()

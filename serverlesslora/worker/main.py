@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from serverlesslora.engine.engine import Engine
+from serverlesslora.engine.engine import FORGET_AFTER_S, AdapterRead, Engine
 from serverlesslora.launcher.prepared import PreparedBackbone, warm_up
 from serverlesslora.worker.lease import DeviceLease
 from serverlesslora_ipc import sealed
@@ -40,6 +40,8 @@ from serverlesslora_ipc.messages import (
 log = logging.getLogger("serverlesslora.worker")
 
 STATS_INTERVAL_S = 0.25
+REST_AFTER_S = 1.0  # a pause shorter than this is part of a conversation: its memory will be wanted again
+STARVED_PAUSE_S = 0.02  # between two attempts to get memory that other workers hold
 
 
 class Worker:
@@ -50,7 +52,8 @@ class Worker:
         self._engine = engine
         self._lease = lease
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Sequence[GatewayToWorker]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[GatewayToWorker | AdapterRead]] = queue.SimpleQueue()
+        self._loading: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
         self._stats_sent_at = float("-inf")
         self._last_stats: Stats | None = None
         self._leaving = False
@@ -78,26 +81,54 @@ class Worker:
             log.exception("a message could not be read")
             os._exit(1)
 
+    def load(self) -> None:
+        """The loader thread, where the device allows one: it reads adapters while steps run. Ends with the process."""
+        try:
+            with torch.inference_mode():
+                while True:
+                    self._inbox.put([self._engine.read_adapter(self._loading.get())])
+        except BaseException:
+            log.exception("an adapter could not be read")
+            os._exit(1)
+
     def _receive(self) -> None:
         """Take everything that has arrived; wait for something only when there is nothing to compute."""
         if not self._engine.has_work:
             self._report(final=True)
-            self._handle(self._inbox.get())
+            self._handle(self._rest())
+        elif self._engine.is_starved:
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._inbox.get(timeout=STARVED_PAUSE_S))
         while True:
             try:
                 self._handle(self._inbox.get_nowait())
             except queue.Empty:
                 return
 
-    def _handle(self, messages: Sequence[GatewayToWorker]) -> None:
+    def _rest(self) -> Sequence[GatewayToWorker | AdapterRead]:
+        """What arrives next; while nothing does, memory goes back to the device step by step."""
+        idle_s = 0.0
+        for pause_s in (REST_AFTER_S, FORGET_AFTER_S - REST_AFTER_S):
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=pause_s)
+            idle_s += pause_s
+            self._engine.rest(idle_s)
+            self._report(final=True)
+        return self._inbox.get()
+
+    def _handle(self, messages: Sequence[GatewayToWorker | AdapterRead]) -> None:
         for message in messages:
             match message:
                 case Generate():
                     self._engine.submit(message)
                 case Abort():
                     self._engine.abort(message.request_id)
+                case LoadAdapter() if self._engine.loads_aside and self._engine.has_work:
+                    self._loading.put(message)
                 case LoadAdapter():
                     self._send(self._engine.load_adapter(message))
+                case AdapterRead():
+                    self._send(self._engine.admit(message))
                 case UnloadAdapter():
                     self._engine.unload_adapter(message.digest)
                 case Shutdown():
@@ -120,6 +151,7 @@ class Worker:
 def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int | None = None) -> PreparedBackbone:
     """What a spare does before it has a domain: its thread pool, its page tables and one answer nobody hears."""
     torch.set_num_threads(limits.threads)
+    assert prepared.weights is not None
     sealed.populate(prepared.weights)
     lease = DeviceLease(lease_fd)
     with lease.turn():
@@ -146,17 +178,29 @@ def run(
     *,
     lease_fd: int | None = None,
     cores: Collection[int] = (),
+    started: float | None = None,
 ) -> int:
-    """Entry point of a freshly forked worker; returns the exit code of the process."""
-    started = time.monotonic()
+    """Entry point of a freshly forked worker; returns the exit code of the process.
+
+    `started`: when it began to attach, if that was before this call.
+    """
+    started = time.monotonic() if started is None else started
     torch.set_num_threads(fork.limits.threads)
     channel: Channel[GatewayToWorker] = Channel(connection, GatewayToWorker)
-    engine = Engine(prepared.model, prepared.lora, prepared.text, fork.limits, time.monotonic)
-    channel.send([Ready(pid=os.getpid(), attach_s=time.monotonic() - started)])
+    engine = prepared.engine_for(fork.limits)
+    ready = Ready(
+        pid=os.getpid(),
+        attach_s=time.monotonic() - started,
+        device=prepared.device_name,
+        graphs="" if prepared.device.kind == "cpu" else engine.graphs_state,
+    )
+    channel.send([ready])
     worker = Worker(channel, engine, DeviceLease(lease_fd), time.monotonic)
     with _on(cores):
         threading.Thread(target=worker.read, name="reader", daemon=True).start()
-        if not prepared.is_rehearsed:
+        if engine.loads_aside:
+            threading.Thread(target=worker.load, name="loader", daemon=True).start()
+        if prepared.weights is not None and not prepared.is_rehearsed:
             # Page tables are not inherited for shared file mappings: fill them while the first request is on its way.
             threading.Thread(target=sealed.populate, args=(prepared.weights,), name="populate", daemon=True).start()
     try:
