@@ -32,6 +32,7 @@ check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests
+	$(BIN)/mypy --explicit-package-bases bench/gpu bench/gpu_check.py
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_interleaved_requests_get_the_tokens_of_a_lonely_run(
 
 
 def test_a_sampled_request_gets_the_same_tokens_as_on_the_host(device: CudaDevice, adapters: dict[str, Path]) -> None:
-    params = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5, "max_tokens": 6}
+    params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 5, "max_tokens": 6}
     benches = [Bench(blocks=64), Bench(blocks=64, device=device, max_running=2)]
     benches[1].engine.capture()
     for bench in benches:
