@@ -18,10 +18,11 @@ from serverlesslora.engine.cuda.device import CudaDevice
 from serverlesslora.engine.cuda.lora_store import DeviceLora
 from serverlesslora.engine.cuda.sampler import DeviceSampler
 from serverlesslora.engine.decode_graphs import DecodeGraphs
+from serverlesslora.engine.engine import FORGET_AFTER_S, STARVED_S
 from serverlesslora.engine.sampler import Sampler, SampleRow
 from serverlesslora.engine.scheduler import Work
-from serverlesslora_ipc.messages import Finished, SamplingParams
-from tests.fakes import ATTENTION_AND_HEAD, merge_adapter, tiny_model, write_adapter
+from serverlesslora_ipc.messages import Failed, Finished, SamplingParams
+from tests.fakes import ATTENTION_AND_HEAD, ManualClock, merge_adapter, tiny_model, write_adapter
 from tests.test_engine import Bench, prompt_of, solo
 
 RANKS = {"a": 2, "b": 3, "head": 8, "wide": 33}
@@ -194,3 +195,57 @@ def test_the_host_and_the_device_choose_the_same_tokens() -> None:
     on_device = DeviceSampler().begin(logits, rows)
     assert on_device.tokens is not None
     assert on_device.wait() == Sampler().sample(logits, rows)
+
+
+def test_memory_that_others_hold_is_waited_for(device: CudaDevice, oracles: dict[str, PreTrainedModel]) -> None:
+    bench = Bench(blocks=64, device=device, max_running=2)
+    room = device.driver.memory().free_bytes // device.driver.granularity() * device.driver.granularity()
+    held = device.driver.create(room)  # another worker's
+    waiting = bench.ask("waiting", [1, 2, 3], max_tokens=3)
+    for _ in range(3):
+        bench.step()
+        assert bench.engine.is_starved
+    assert waiting.started is None
+    device.driver.release(held)
+    bench.run()
+    assert not bench.engine.is_starved
+    assert waiting.tokens() == solo(oracles[""], [1, 2, 3], 3)
+
+
+def test_who_gets_no_memory_is_told_in_the_end(device: CudaDevice) -> None:
+    clock = ManualClock(tick=1.0)
+    bench = Bench(blocks=64, device=device, max_running=2, clock=clock)
+    room = device.driver.memory().free_bytes // device.driver.granularity() * device.driver.granularity()
+    held = device.driver.create(room)
+    refused = bench.ask("refused", [1, 2, 3], max_tokens=3)
+    clock.now += STARVED_S / 2
+    bench.step()
+    assert refused.end is None
+    clock.now += STARVED_S
+    bench.step()
+    assert isinstance(refused.end, Failed)
+    assert (refused.end.error.status, refused.end.error.code) == (503, "unavailable")
+    assert not bench.engine.has_work
+    device.driver.release(held)
+
+
+def test_memory_goes_back_while_nobody_asks(device: CudaDevice, oracles: dict[str, PreTrainedModel]) -> None:
+    bench = Bench(blocks=64, device=device, max_running=2)
+    before = device.driver.memory().free_bytes
+    prompt = list(range(20))
+    bench.ask("first", prompt, max_tokens=2)
+    bench.run()
+    taken = before - device.driver.memory().free_bytes
+    assert taken == bench.engine._runner.kv.size_bytes > 0
+    bench.engine.rest(1.0)
+    again = bench.ask("again", prompt, max_tokens=2)
+    bench.run()
+    assert again.started is not None
+    assert again.started.cached_tokens == 16, "a short rest forgets no prefix"
+    assert bench.engine.rest(FORGET_AFTER_S) == taken
+    assert device.driver.memory().free_bytes == before
+    last = bench.ask("last", prompt, max_tokens=2)
+    bench.run()
+    assert last.started is not None
+    assert last.started.cached_tokens == 0
+    assert last.tokens() == again.tokens() == solo(oracles[""], prompt, 2)
