@@ -15,10 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from serverlesslora.engine.cuda.device import CudaDevice
+from serverlesslora.engine.cuda.kv import DeviceKvStore
 from serverlesslora.engine.cuda.lora_store import DeviceLora
-from serverlesslora.engine.cuda.sampler import DeviceSampler
+from serverlesslora.engine.cuda.sampler import DeviceSampler, sample_rows
 from serverlesslora.engine.decode_graphs import DecodeGraphs
 from serverlesslora.engine.engine import FORGET_AFTER_S, STARVED_S
+from serverlesslora.engine.runner import Runner
 from serverlesslora.engine.sampler import Sampler, SampleRow
 from serverlesslora.engine.scheduler import Work
 from serverlesslora_ipc.messages import Failed, Finished, SamplingParams
@@ -142,6 +144,29 @@ def test_a_request_aborted_while_its_step_is_on_its_way(
     assert again.tokens() == solo(oracles[""], [5, 5], 4)
 
 
+def test_a_row_without_a_token_ends_alone_though_its_next_step_is_on_its_way(
+    device: CudaDevice, oracles: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def damaged(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        tokens = sample_rows(logits, rows)
+        if calls == 3:
+            tokens[0] = -1  # what is chosen where no logit is usable
+        return tokens
+
+    monkeypatch.setattr("serverlesslora.engine.cuda.sampler.sample_rows", damaged)
+    bench = Bench(blocks=64, device=device, max_running=2)
+    bench.engine.capture()
+    bad, good = bench.ask("bad", [9, 8, 7], max_tokens=6), bench.ask("good", [1, 2, 3], max_tokens=6)
+    bench.run()
+    assert isinstance(bad.end, Failed)
+    assert (bad.end.error.code, len(bad.tokens())) == ("nan_logits", 2)
+    assert good.tokens() == solo(oracles[""], [1, 2, 3], 6)
+
+
 def test_an_adapter_dropped_from_the_device_comes_back(
     device: CudaDevice, adapters: dict[str, Path], oracles: dict[str, PreTrainedModel]
 ) -> None:
@@ -176,7 +201,10 @@ def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
         answer = bench.ask(name, [1, 2, 3], name, max_tokens=3)
         bench.run()
         assert answer.tokens() == solo(oracles[name], [1, 2, 3], 3)
+        entries = device._store._tables._entries[:, lora.slot]  # type: ignore[union-attr]
+        assert entries.any()
         bench.engine.unload_adapter(name)
+        assert not entries.any(), "who comes next may bring nothing for the kernels, and would be given what was there"
     assert len(slots) == 1
     assert replays == [["wide"]] * 2 + [["a"]] * 2 + [["b"]] * 2
 
@@ -231,12 +259,16 @@ def test_who_gets_no_memory_is_told_in_the_end(device: CudaDevice) -> None:
 
 def test_memory_goes_back_while_nobody_asks(device: CudaDevice, oracles: dict[str, PreTrainedModel]) -> None:
     bench = Bench(blocks=64, device=device, max_running=2)
+    kv, pool = bench.engine._runner.kv, bench.engine._pool
+    assert isinstance(kv, DeviceKvStore) and pool is not None
     before = device.driver.memory().free_bytes
+    assert kv.size_bytes == kv.chunk_bytes, "the first chunk, where every view starts, has memory for good"
     prompt = list(range(20))
     bench.ask("first", prompt, max_tokens=2)
     bench.run()
-    taken = before - device.driver.memory().free_bytes
-    assert taken == bench.engine._runner.kv.size_bytes > 0
+    taken = pool.resident_bytes
+    assert taken == kv.size_bytes > 0
+    assert device.driver.memory().free_bytes == before - taken + kv.chunk_bytes
     bench.engine.rest(1.0)
     again = bench.ask("again", prompt, max_tokens=2)
     bench.run()
@@ -244,8 +276,70 @@ def test_memory_goes_back_while_nobody_asks(device: CudaDevice, oracles: dict[st
     assert again.started.cached_tokens == 16, "a short rest forgets no prefix"
     assert bench.engine.rest(FORGET_AFTER_S) == taken
     assert device.driver.memory().free_bytes == before
+    starts = [view.data_ptr() - kv._range.address for layer in kv._layers for view in layer]
+    assert all(kv._range.is_resident(start // kv.chunk_bytes) for start in starts), "a launch would be refused"
     last = bench.ask("last", prompt, max_tokens=2)
     bench.run()
     assert last.started is not None
     assert last.started.cached_tokens == 0
     assert last.tokens() == again.tokens() == solo(oracles[""], prompt, 2)
+
+
+def test_waiting_for_memory_is_counted_for_each_request(device: CudaDevice) -> None:
+    clock = ManualClock(tick=0.01)
+    bench = Bench(blocks=64, device=device, max_running=2, clock=clock)
+    room = device.driver.memory().free_bytes // device.driver.granularity() * device.driver.granularity()
+    held = device.driver.create(room)
+    bench.ask("gone", [1, 2, 3], max_tokens=3)
+    bench.step()
+    bench.engine.abort("gone")
+    assert not bench.engine.is_starved
+    clock.now += 2 * STARVED_S
+    later = bench.ask("later", [1, 2, 3], max_tokens=3)
+    bench.step()
+    assert later.end is None
+    clock.now += 2 * STARVED_S
+    behind = bench.ask("behind", [1, 2, 3], max_tokens=3)
+    bench.step()
+    assert isinstance(later.end, Failed)
+    bench.step()
+    assert behind.end is None
+    device.driver.release(held)
+    bench.run()
+
+
+def test_a_pause_after_an_abort_is_not_billed(device: CudaDevice) -> None:
+    clock = ManualClock(tick=0.01)
+    bench = Bench(blocks=64, device=device, max_running=1, clock=clock)
+    bench.engine.capture()
+    bench.ask("gone", [1, 2, 3], max_tokens=9)
+    bench.step()
+    assert bench.engine._ahead is not None
+    bench.engine.abort("gone")
+    clock.now += 1000.0
+    bench.ask("next", [1, 2, 3], max_tokens=2)
+    bench.run()
+    assert bench.engine.stats().busy_s < 100
+
+
+def test_a_step_without_memory_ends_its_requests_and_nothing_else(
+    device: CudaDevice, oracles: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(blocks=64, device=device, max_running=2)
+    run = Runner.run
+    failures = [torch.OutOfMemoryError("once"), torch.OutOfMemoryError("twice")]
+
+    def short_of_memory(self: Runner, *args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return run(self, *args)
+
+    monkeypatch.setattr(Runner, "run", short_of_memory)
+    refused = bench.ask("refused", [1, 2, 3], max_tokens=3)
+    bench.step()
+    assert isinstance(refused.end, Failed)
+    assert refused.end.error.status == 503
+    failures.append(torch.OutOfMemoryError("once"))  # what torch had cached is enough for the second try
+    served = bench.ask("served", [1, 2, 3], max_tokens=3)
+    bench.run()
+    assert served.tokens() == solo(oracles[""], [1, 2, 3], 3)

@@ -258,6 +258,15 @@ def test_random_batches() -> None:
         world.check(world.tiles(slots), slots)
 
 
+def test_tiles_of_any_rank_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a program anew for an integer that 16 does not divide: a request would wait for it."""
+    widths: list[object] = []
+    monkeypatch.setattr("serverlesslora_kernels.cuda.sgmv.launch", lambda *given, **_: widths.append(given[8]))
+    world = World(QKV, torch.float32, [pieces_of(QKV, (4, 2, 1), torch.float32, 0)], 3)
+    world.tiles([0, 0, 0])
+    assert widths == [16, 16]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

@@ -279,7 +279,10 @@ def test_a_tree_takes_no_memory_of_another_size(llama: Path) -> None:
         os.close(manifest_fd)
 
 
-def test_a_host_of_guarded_memory_keeps_no_context_but_while_it_verifies(llama: Path) -> None:
+def test_a_host_of_guarded_memory_keeps_no_context_but_while_it_verifies(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serverlesslora.backbone.device_host._SLICE_BYTES", 5000)  # many slices, the last one short
     with started() as driver:
         own = open_driver("emulated")
         own.start()

@@ -474,3 +474,17 @@ def test_device_time_is_shared_out_completely() -> None:
     shares = [end.device_s for end in ends if isinstance(end, Finished)]
     assert sum(shares) == pytest.approx(bench.engine.stats().busy_s)
     assert all(share > 0 for share in shares)
+
+
+def test_an_adapter_that_ends_while_it_is_asked_for_again(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", tiny_model(), rank=2)
+    bench = Bench(blocks=64)
+    bench.load(path, "a")
+    bench.ask("last", [1, 2, 3], "a", max_tokens=3)
+    bench.step()
+    bench.engine.unload_adapter("a")
+    read = bench.engine.read_adapter(LoadAdapter("a", str(path)))  # by the loader: it is still there
+    bench.run()  # meanwhile its last request ends, and it is freed
+    assert isinstance(bench.engine.admit(read), Loaded)
+    bench.ask("again", [1, 2, 3], "a", max_tokens=3)
+    bench.run()

@@ -146,6 +146,8 @@ def test_a_rehearsal_leaves_an_engine_that_answers_as_the_cpu_does(
     engine = rehearsed.engine_for(LIMITS)
     assert engine is rehearsed.engine
     assert engine.graphs_state.startswith("on")
+    assert engine._pool is not None
+    assert engine._pool.num_resident_chunks == 0, "a spare waits without memory that others could use"
     with torch.inference_mode():
         assert answer(engine) == Said(golden["base"], 0)
         assert answer(engine, adapter).tokens == golden["adapter"]

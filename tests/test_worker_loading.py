@@ -63,6 +63,7 @@ def test_reading_an_adapter_holds_up_nobody(device: CudaDevice, tmp_path: Path, 
     thread = threading.Thread(target=main_loop)
     thread.start()
     request.addfinalizer(ours.close)
+    ours.settimeout(60)
     seen: list[WorkerToGateway] = []
     while not any(isinstance(message, Finished) for message in seen):
         seen += gateway.receive().messages

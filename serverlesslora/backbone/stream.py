@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.initialization import no_init_weights
 
 from serverlesslora.backbone import layout
 
@@ -133,7 +134,7 @@ def open_stream(model: str, config: transformers.PreTrainedConfig, dtype: torch.
 
 def _converted(architecture: Any, config: transformers.PreTrainedConfig) -> str:
     """The first pattern that transformers would split, join or permute, or nothing."""
-    with torch.device("meta"), transformers.initialization.no_init_weights():
+    with torch.device("meta"), no_init_weights():
         tree = architecture._from_config(config)
     for conversion in get_model_conversion_mapping(tree):
         if isinstance(conversion, WeightConverter):

@@ -84,6 +84,8 @@ class DecodeGraphs:
         self._graphs: dict[_Key, Captured] = {}
         # A graph keeps no memory alive: what the plans point to must outlive it.
         self._plans: dict[_Key, dict[Projection, ProjectionPlan]] = {}
+        # All graphs leave their logits here: each with an output of its own would keep a hundred megabytes.
+        self._logits: Tensor | None = None
         self.refusal: str | None = None  # why this model cannot be captured
 
     @property
@@ -149,10 +151,13 @@ class DecodeGraphs:
         def forward() -> Tensor:
             self._lora.batch.set_fixed(key.rows, plans)
             self._attention.begin(rows.plan)
-            logits: Tensor = self._model(input_ids=rows.token_ids, position_ids=rows.positions, use_cache=False).logits[
-                0
-            ]
+            inputs = {"input_ids": rows.token_ids, "position_ids": rows.positions, "use_cache": False}
+            logits: Tensor = self._model(**inputs).logits[0]
             self._attention.end()
-            return logits
+            if self._logits is None:
+                self._logits = logits.new_empty(self.buckets[-1], logits.shape[1])
+            shared = self._logits[: key.rows]
+            shared.copy_(logits)
+            return shared
 
         return capture(forward)

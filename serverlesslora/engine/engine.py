@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from serverlesslora.engine.blocks import BlockManager
@@ -72,6 +73,11 @@ class _Launched(NamedTuple):
     started: float
 
 
+class _Starving(NamedTuple):
+    sequence: Sequence  # the oldest that waits
+    since: float
+
+
 @dataclass(slots=True)
 class _LoadedAdapter:
     adapter: Adapter
@@ -83,7 +89,7 @@ class _LoadedAdapter:
 class AdapterRead(NamedTuple):
     """What `Engine.read_adapter` has found; without `loaded` and without a refusal it was there already."""
 
-    digest: str
+    message: LoadAdapter
     loaded: _LoadedAdapter | None
     refusal: str
     seconds: float
@@ -140,7 +146,7 @@ class Engine:
         self._busy_s = 0.0
         self._ahead: _Launched | None = None
         self._collected_at = float("-inf")
-        self._starved_since: float | None = None
+        self._starving: _Starving | None = None
 
     def capture(self) -> None:
         """Have kernels ready and record decode steps as graphs where the device has them; takes seconds.
@@ -165,6 +171,7 @@ class Engine:
     def close(self) -> None:
         """Leave the model to another engine; nothing may be running."""
         assert not self._requests
+        assert self._ahead is None
         self._runner.close()
 
     # --- what the gateway asks ----------------------------------------------------------------------------------
@@ -197,6 +204,9 @@ class Engine:
         request = self._requests.get(request_id)
         if request is not None:
             self._drop(request)
+        if not self._requests:  # nobody wants the step on its way, and its time ends here
+            self._ahead = None
+            self._starving = None
 
     def load_adapter(self, message: LoadAdapter) -> Loaded | Refused:
         return self.admit(self.read_adapter(message))
@@ -214,23 +224,26 @@ class Engine:
                 loaded = self._read(Path(message.path), message.digest)
             except AdapterInvalid as error:
                 refusal = error.message
-        return AdapterRead(message.digest, loaded, refusal, self._clock() - started)
+        return AdapterRead(message, loaded, refusal, self._clock() - started)
 
     def admit(self, read: AdapterRead) -> Loaded | Refused:
         """From now on requests may name the adapter."""
+        digest = read.message.digest
+        entry = self._adapters.get(digest)
+        if entry is None and read.loaded is None and not read.refusal:
+            read = self.read_adapter(read.message)  # it was there when it was looked for, and has been freed since
         if read.refusal:
-            return Refused(read.digest, read.refusal)
-        entry = self._adapters.get(read.digest)
+            return Refused(digest, read.refusal)
         if entry is None:
             assert read.loaded is not None
-            entry = self._adapters[read.digest] = read.loaded
+            entry = self._adapters[digest] = read.loaded
             self._lora.admit(entry.adapter)
         elif read.loaded is not None:  # read twice at the same time
             self._lora.discard(read.loaded.adapter)
         entry.retired = False
         adapter = entry.adapter
         return Loaded(
-            read.digest,
+            digest,
             read.seconds,
             adapter.size_bytes,
             rank=adapter.rank,
@@ -264,7 +277,7 @@ class Engine:
     @property
     def is_starved(self) -> bool:
         """Requests wait for memory that other processes hold: another step at once would change nothing."""
-        return self._starved_since is not None
+        return self._starving is not None
 
     def rest(self, idle_s: float) -> int:
         """For a caller that has had nothing to do for so long: memory goes back to the device, caches last.
@@ -296,28 +309,48 @@ class Engine:
 
     def _starve(self, out: list[WorkerToGateway]) -> None:
         """Nothing can be computed: nothing waits, or what waits gets no memory. The oldest is told in the end."""
-        if not self._scheduler.waiting:
+        oldest = next(iter(self._scheduler.waiting), None)
+        if oldest is None:
+            self._starving = None
             return
         now = self._clock()
-        self._starved_since = now if self._starved_since is None else self._starved_since
-        if now - self._starved_since > STARVED_S:
+        if self._starving is None or self._starving.sequence is not oldest:
+            self._starving = _Starving(oldest, now)
+        if now - self._starving.since > STARVED_S:
             reason = self._pool.last_reason if self._pool else "no block is free"
             log.warning("no memory for a request in %.0f s: %s", STARVED_S, reason)
             error = Unavailable("the device's memory is taken by other functions; try again", retry_after_s=5)
-            self._fail(self._request_of[self._scheduler.waiting[0]], error, out)
+            self._starving = None
+            self._fail(self._request_of[oldest], error, out)
 
     def _launch(self, out: list[WorkerToGateway]) -> _Launched | None:
         started = self._clock()
         work = self._scheduler.schedule()
         if not work:
             return None
-        self._starved_since = None
+        self._starving = None
         owners = [self._request_of[item.sequence] for item in work]
         new = [request for request in dict.fromkeys(owners) if request.started_at is None]
         out += [request.start(started) for request in new]
-        result = self._runner.run(work, self._loaded)
+        result = self._run(work, owners, out)
+        if result is None:
+            return None
         rows = [self._request_of[sequence].sample_row(sequence) for sequence in result.sampling]
         return _Launched(work, owners, result, self._sampler.begin(result.logits, rows), started)
+
+    def _run(self, work: list[Work], owners: list[Request], out: list[WorkerToGateway]) -> StepOutput | None:
+        """A step that finds no memory, even after what torch keeps was given back, ends its own requests only."""
+        for is_last_try in (False, True):
+            try:
+                return self._runner.run(work, self._loaded)
+            except torch.OutOfMemoryError as problem:
+                log.warning("a step of %d sequences found no memory: %s", len(work), problem)
+                self._runner.release_cached()
+                if is_last_try:
+                    error = Unavailable("the device has no memory for this step; try again", retry_after_s=5)
+                    for request in dict.fromkeys(owners):
+                        self._fail(request, error, out)
+        return None
 
     def _launch_after(self, last: _Launched) -> _Launched | None:
         """Launch the step that follows `last` without knowing its tokens, if nothing can need another step first."""

@@ -9,6 +9,7 @@ the twin raises where memory from outside is gone at a replay.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -56,25 +57,37 @@ class CudaCapture:
     """CUDA graphs that share one memory pool: they are replayed one at a time, so their temporaries may overlap."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            with _Guard():  # type: ignore[no-untyped-call]
-                function()
-            function()  # libraries allocate and choose on their first calls, which a capture would not survive
+        main = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(self._stream):
+                with _Guard():  # type: ignore[no-untyped-call]
+                    function()
+                function()  # libraries allocate and choose on their first calls, which a capture would not survive
+        except torch.OutOfMemoryError as error:
+            raise NotCapturable("the device has no memory left for it") from error
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 output = function()
         except RuntimeError as error:
-            torch.cuda.synchronize()
+            self._abandon(main)
             raise NotCapturable(str(error).splitlines()[0]) from error
-        self._pool = self._pool or graph.pool()
         return Captured(graph, output)
+
+    def _abandon(self, main: torch.cuda.Stream) -> None:
+        """A capture that broke leaves this thread on its stream and, before torch 2.12, the allocator inside it: the
+        next `empty_cache` would be an internal error."""
+        torch.cuda.set_stream(main)
+        with contextlib.suppress(RuntimeError):  # the allocator has left it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        torch.cuda.synchronize()
 
 
 class RecordedCapture:

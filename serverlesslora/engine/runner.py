@@ -124,15 +124,17 @@ class Runner:
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
         }
-        if rows:
-            # The model's own forward knows what its head does besides the matrix (scales, soft caps).
-            kept = torch.tensor(rows, device=self._device)
-            logits: Tensor = self._model(**inputs, logits_to_keep=kept).logits[0]
-        else:
-            self._model.base_model(**inputs)
-            logits = torch.empty(0, 1, device=self._device)
+        try:
+            if rows:
+                # The model's own forward knows what its head does besides the matrix (scales, soft caps).
+                kept = torch.tensor(rows, device=self._device)
+                logits: Tensor = self._model(**inputs, logits_to_keep=kept).logits[0]
+            else:
+                self._model.base_model(**inputs)
+                logits = torch.empty(0, 1, device=self._device)
+        finally:
+            self._row_segments = None
         self.attention.end()
-        self._row_segments = None
         return logits
 
     def _enter_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:

@@ -24,7 +24,7 @@ class Sequence:
 
     sequence_id: int  # order of arrival
     adapter: str  # digest; "" is the bare backbone
-    token_ids: list[int]  # prompt, then output; only ever appended to
+    token_ids: list[int]  # prompt, then output, then perhaps one UNKNOWN
     num_prompt: int
     follows: Sequence | None = None  # the first choice of the same request: it computes the prompt for all
     samples: bool = True  # False: the prompt is only scored

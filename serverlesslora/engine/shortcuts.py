@@ -89,8 +89,10 @@ def _layer(layer: Any) -> Callable[..., Tensor] | None:
 def _sum(stream: Tensor, last: Projection, compute: Callable[[], Tensor]) -> Tensor:
     """stream + compute(), whether `last` adds to the stream itself (and returns that very tensor) or is passed by."""
     last.into = stream
-    result = compute()
-    last.into = None
+    try:
+        result = compute()
+    finally:
+        last.into = None
     return stream if result is stream else stream + result
 
 

@@ -131,7 +131,9 @@ def sgmv_tiles(
     assert k == layout.in_features
     splits = -(-k // TILES_SPLIT_K)
     block_r = 16 if max_total_rank <= 16 else 32 if max_total_rank <= 32 else 64
-    t = torch.empty(splits * rows * max_total_rank, dtype=torch.float32, device=x.device)
+    # Whole tiles: Triton compiles another program for a width that 16 does not divide.
+    t_width = -(-max_total_rank // _BLOCK_R) * _BLOCK_R
+    t = torch.empty(splits * rows * t_width, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32
     block_k = max(16, min(32 if exact else 128, _power_of_two(k)))
     launch(
@@ -143,7 +145,7 @@ def sgmv_tiles(
         tiles.entries,
         x.stride(0),
         rows,
-        max_total_rank,
+        t_width,
         K=k,
         SPLIT_K=min(TILES_SPLIT_K, -(-k // block_k) * block_k),
         BLOCK_M=tiles.block_rows,
@@ -162,7 +164,7 @@ def sgmv_tiles(
         tiles.entries,
         y.stride(0),
         rows,
-        max_total_rank,
+        t_width,
         **_sites(wide),
         SITES=len(layout.sites),
         SPLITS=splits,

@@ -48,10 +48,10 @@ class DeviceKvStore:
         self.chunk_bytes = layout.chunk_bytes
         self.reserve_bytes = max(RESERVE_BYTES, int(RESERVE_SHARE * driver.memory().total_bytes))
         self._range = ElasticRange(driver, layout.num_chunks * layout.chunk_bytes, layout.chunk_bytes)
-        # torch asks the driver whose memory this is, which only mapped memory can tell.
+        # The first chunk has memory for good. Every view starts in it, and torch and Triton's launcher ask the driver
+        # whose memory an address is: about one without memory it may answer that it is none of the device's.
         self._range.map_chunk(0)
         self._bytes = bytes_at(self._range.address, layout.num_chunks * layout.chunk_bytes, device)
-        self._range.unmap_chunk(0)
         self._layers = _views(self._bytes.view(dtype), shapes, layout, block_size)
 
     @property
@@ -75,7 +75,8 @@ class DeviceKvStore:
 
     def map(self, chunk: int) -> None:
         """Raises OutOfDeviceMemory."""
-        self._range.map_chunk(chunk)
+        if chunk:
+            self._range.map_chunk(chunk)
 
     def unmap(self, chunk: int) -> None:
         """Its content is gone for whoever gets the memory next, whatever the driver does about that.
@@ -85,7 +86,8 @@ class DeviceKvStore:
         self._synchronize()
         self._bytes[chunk * self.chunk_bytes : (chunk + 1) * self.chunk_bytes].zero_()
         self._synchronize()
-        self._range.unmap_chunk(chunk)
+        if chunk:
+            self._range.unmap_chunk(chunk)
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -100,6 +102,7 @@ class DeviceKvStore:
 
     def close(self) -> None:
         self._layers.clear()
+        self._synchronize()  # a step that nobody wanted any more may be on its way still
         self._range.close()
 
 

@@ -33,7 +33,11 @@ def load_adapter(path: Path, digest: str, sites: Sites) -> Adapter:
                 "adapter_model.bin is a pickle, which is never loaded; save the adapter as safetensors"
             )
         raise AdapterInvalid(f"{WEIGHTS_NAME} is missing")
-    return build_adapter(settings, read_tensors(weights, sites.dtype), digest, sites)
+    tensors = read_tensors(weights, sites.dtype)
+    try:
+        return build_adapter(settings, tensors, digest, sites)
+    except torch.OutOfMemoryError as error:  # LoRA factors can wait on the host, whole parameters cannot
+        raise AdapterInvalid("the device has no room for the parameters this adapter brings: try again") from error
 
 
 def build_adapter(settings: LoraSettings, tensors: dict[str, Tensor], digest: str, sites: Sites) -> Adapter:
