@@ -20,8 +20,7 @@ sys.path[:] = [str(ROOT / folder) for folder in ("", "ipc", "kernels", "loadgen"
     path for path in sys.path if Path(path or ".").resolve() != ROOT / "bench"
 ]
 
-from bench.gpu import sections  # noqa: E402
-from bench.gpu.orchestrator import Run  # noqa: E402
+from bench.gpu import needs, sections  # noqa: E402
 
 
 def main() -> int:
@@ -34,7 +33,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--strict", action="store_true", help="a missed bar fails the run as well")
     options = parser.parse_args()
+    if lacking := needs.missing(on_a_gpu=options.device == "cuda"):
+        raise SystemExit(needs.sentence(lacking))
+    if options.device == "cuda" and not needs.has_compiler():
+        print("no C compiler is found, and Triton launches nothing without one: install gcc or set CC", file=sys.stderr)
     chosen = sections.choose(options.only, without_gpu=options.device == "emulated")
+    from bench.gpu.orchestrator import Run  # not before all of its packages are known to be there
+
     run = Run(ROOT, options.device, options.out, budget_s=options.budget_s)
     return run.main_loop(chosen, strict=options.strict)
 

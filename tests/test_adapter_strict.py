@@ -318,3 +318,16 @@ def test_hostile_patterns() -> None:
         PatternTable("alpha_pattern", {f"layer{index}": index for index in range(5000)})
     slowest = PatternTable("alpha_pattern", {r".*.*\d": 1})
     assert slowest.get("x." * 100, 0) == 0
+
+
+def test_a_device_without_room_refuses_the_adapter(
+    lora: LoraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole parameters go to the device while they are read; that must not end the worker and its requests."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("serverlesslora.engine.lora.strict.build_adapter", full)
+    with pytest.raises(AdapterInvalid, match="no room"):
+        lora.load(write(tmp_path, tensors()), "digest")

@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bench.gpu import sections
+from bench.gpu import linear, needs, sections
+from bench.gpu.children import steady
 from bench.gpu.orchestrator import SectionProcess
 from bench.gpu.record import Recorder, SectionResult, Setting
 from bench.gpu.sections import SECTIONS, Section, choose, deadline_s, turns
+from serverlesslora_kernels.cuda.linear import LinearChoice, Measured
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +47,56 @@ def test_everything_correct_on_an_emulated_device(tmp_path: Path) -> None:
         assert result.ok is True, (name, result.reason)
         assert result.checks, name
         assert not result.numbers, "an emulated device measures nothing"
+    scrubbed = [each.name for each in results["driver"].checks if each.name.startswith("scrubbed")]
+    assert len(scrubbed) == 3, "the search finds what is there, covers enough, and nothing after the kill"
+
+
+def test_what_is_missing_is_said_at_once_and_how_to_get_it(tmp_path: Path) -> None:
+    hidden = tmp_path / "sitecustomize.py"  # runs before anything of ours
+    hidden.write_text(
+        "import importlib.util as util\n"
+        "found = util.find_spec\n"
+        "util.find_spec = lambda name, package=None: None if name in ('msgspec', 'xxhash') else found(name, package)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu_check.py", "--device", "emulated", "--out", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("not installed here: msgspec, xxhash; run pip install 'msgspec>=")
+    assert "PYTHONPATH" in done.stderr
+
+
+def test_nothing_of_the_gateway_is_needed() -> None:
+    """A machine that only runs the check has no HTTP server installed."""
+    code = (
+        "import importlib, pathlib, sys\n"
+        "for name in ('starlette', 'uvicorn', 'httptools', 'uvloop', 'prometheus_client'):\n"
+        "    sys.modules[name] = None\n"
+        "for path in pathlib.Path('bench/gpu').glob('*.py'):\n"
+        "    importlib.import_module('bench.gpu.' + path.stem)\n"
+        "for name in ('backbone.device_host', 'launcher.zygote', 'launcher.device', 'worker.main'):\n"
+        "    importlib.import_module('serverlesslora.' + name)\n"
+    )
+    folders = os.pathsep.join(str(ROOT / folder) for folder in ("", "ipc", "kernels", "loadgen"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": folders, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_needed_is_what_the_project_declares() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {*project["dependencies"], *(each.split(";")[0] for each in project["optional-dependencies"]["cuda"])}
+    assert set((needs.PACKAGES | needs.ON_A_GPU).values()) - {"tqdm"} <= declared
 
 
 def test_a_device_that_lets_workers_write_fails_the_check(tmp_path: Path) -> None:
@@ -137,6 +190,25 @@ def test_a_part_that_raises_fails_alone_and_one_without_time_is_said(tmp_path: P
     details = {each.name: each.detail for each in record.result.checks}
     assert details["broken"] == "RuntimeError: an illegal address"
     assert record.result.left_out == ["long"]
+
+
+def test_the_table_of_products_is_written_as_it_is_read(tmp_path: Path) -> None:
+    path = linear.table_path(tmp_path / "gpu-some.json")
+    one, two = (Measured(rows, 8, 16, 2.0, 1.0) for rows in (1, 2))
+    linear.write_table(path, [LinearChoice((one,), device="some"), LinearChoice((two,), device="some")])
+    assert path.name == "gpu-some-linear.json"
+    assert msgspec.json.decode(path.read_bytes(), type=LinearChoice) == LinearChoice((one, two), device="some")
+
+
+def test_memory_that_still_comes_back_is_waited_for() -> None:
+    readings = iter([5, 6, 6, 7])
+    last = [0]
+
+    def measure() -> int:
+        last[0] = next(readings, last[0])
+        return last[0]
+
+    assert steady(measure, quiet_s=0.1) == 7
 
 
 def test_choosing_sections() -> None:

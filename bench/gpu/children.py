@@ -97,3 +97,13 @@ def settled(measure: Any, wanted: float, tolerance: float, timeout_s: float = 15
     while abs((value := float(measure())) - wanted) > tolerance and time.monotonic() < end:
         time.sleep(0.02)
     return value
+
+
+def steady(measure: Any, quiet_s: float = 0.3, timeout_s: float = 5.0) -> int:
+    """`measure()` once it stays as it is: what comes back from the dead must not be counted as given by the living."""
+    value, since, end = int(measure()), time.monotonic(), time.monotonic() + timeout_s
+    while time.monotonic() < min(since + quiet_s, end):
+        time.sleep(0.02)
+        if (now := int(measure())) != value:
+            value, since = now, time.monotonic()
+    return value

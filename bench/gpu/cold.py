@@ -10,10 +10,11 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from bench.gpu.children import Child, settled
+from bench.gpu.children import Child, settled, steady
 from bench.gpu.models import RandomBackbone, published, seal_manifest
 from bench.gpu.processes import Peer, wait_for
 from bench.gpu.record import Recorder
@@ -45,6 +46,7 @@ WORKER_BAR_MS = 150.0  # from the pool, over a warm first token
 IDLE_BAR_MB = 700.0
 OWN_BAR_MB = 100.0  # of it, beyond what a context costs anybody
 QUIET_S = 1.0  # a spare that has done nothing for so long is ready
+ROUND_S, ALONE_S = 15.0, 20.0  # what another round and the worker without a pool may take
 PROMPT = 32
 
 
@@ -126,7 +128,7 @@ class Rungs:
         self._count = 0
 
     def run(self) -> None:
-        before = self._free()
+        before = steady(self._free) if not self._dry else self._free()
         self._recorder.part("idle workers and rungs", lambda: self._rungs(before), needs_s=15)
         tolerance = 0 if self._dry else LEAK_TOLERANCE
         lost = before - settled(self._free, before, tolerance)
@@ -147,6 +149,8 @@ class Rungs:
             answers, pool_ms, hot_ms, disk_ms = set(), [], [], []
             for round_ in range(2 if not self._dry else 1):
                 if round_:
+                    if self._recorder.setting.seconds_left < ROUND_S + ALONE_S:
+                        break
                     self._wait_for_spare(launcher)
                 ids = self._prompt()
                 began = time.perf_counter()
@@ -165,21 +169,16 @@ class Rungs:
                 finally:
                     worker.close()
             self._report(pool_ms, hot_ms, disk_ms)
-            self._without_spare(answers)
+        self._recorder.part("a worker without a pool", lambda: self._without_spare(answers), needs_s=ALONE_S)
 
     def _report(self, pool_ms: list[float], hot_ms: list[float], disk_ms: list[float]) -> None:
         number, hot = self._recorder.number, statistics.median(hot_ms)
         number("first token: hot", hot, "ms")
         number("first token: adapter from cached files, over hot", statistics.median(disk_ms) - hot, "ms")
         over = statistics.median(pool_ms) - hot
-        number("first token: worker from the pool and its adapter from files, over hot", over, "ms")
-        # The rung itself: the adapter's part is another rung, and is taken off.
-        number(
-            "first token: worker from the pool, over hot",
-            over - (statistics.median(disk_ms) - hot),
-            "ms",
-            bar=WORKER_BAR_MS,
-        )
+        # The bar is for what a client waits: a worker of its own has no adapter yet.
+        number("first token: worker from the pool and its adapter from files, over hot", over, "ms", bar=WORKER_BAR_MS)
+        number("first token: of it the worker's part", over - (statistics.median(disk_ms) - hot), "ms")
 
     def _without_spare(self, answers: set[int]) -> None:
         """The same question to a worker that had to do everything itself."""
@@ -235,10 +234,11 @@ class Rungs:
         seen: tuple[object, ...] = ()
         since, deadline = time.monotonic(), time.monotonic() + 60
         while time.monotonic() < deadline:
-            now = (*_spares(launcher.process.pid), self._free())
-            if now != seen:
+            spares = _spares(launcher.process.pid)
+            now = (*spares, self._free())
+            if now != seen or not spares or any(spare.num_children for spare in spares):
                 seen, since = now, time.monotonic()
-            elif len(now) > 1 and time.monotonic() - since > QUIET_S:
+            elif time.monotonic() - since > QUIET_S:
                 return
             time.sleep(0.05)
         raise TimeoutError("no spare became ready")
@@ -263,14 +263,24 @@ class Rungs:
         return self._driver.memory().free_bytes
 
 
-def _spares(launcher: int) -> list[tuple[int, int]]:
-    """Process and processor time of every spare."""
-    found = []
-    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+class _Spare(NamedTuple):
+    pid: int
+    ticks: int  # of processor time, that of ended children too
+    num_children: int  # a compiler, say
+
+
+def _spares(launcher: int) -> list[_Spare]:
+    """By every process's own word: not every kernel lists the children of a process."""
+    parents: list[int] = []
+    found: dict[int, int] = {}
+    for place in Path("/proc").iterdir():
+        if not place.name.isdigit():
+            continue
         with contextlib.suppress(OSError):  # it ended just now
             # The name is in parentheses and may hold anything.
-            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-            if name == "slora-spare":
-                fields = rest.split()
-                found.append((int(pid), int(fields[11]) + int(fields[12])))
-    return found
+            name, _, rest = (place / "stat").read_text().partition("(")[2].rpartition(")")
+            fields = rest.split()
+            parents.append(int(fields[1]))
+            if parents[-1] == launcher and name == "slora-spare":
+                found[int(place.name)] = sum(map(int, fields[11:15]))
+    return [_Spare(pid, ticks, parents.count(pid)) for pid, ticks in found.items()]

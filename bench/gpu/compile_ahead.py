@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from bench.gpu import sgmv
+from bench.gpu import linear, sgmv
 from bench.gpu.engine import RANK, limits_for
 from bench.gpu.models import published
 from bench.gpu.record import Recorder
@@ -18,6 +18,8 @@ def run(recorder: Recorder) -> None:
     variant, began = recorder.setting.variant, time.perf_counter()
     if variant == "sgmv":
         sgmv.compile_all(recorder)
+    elif variant == "linear":
+        linear.compile_all(recorder)
     else:
         _engine(recorder, variant)
     recorder.number(f"first use of everything, compiling: {variant}", time.perf_counter() - began, "s")

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from bench.gpu.children import Child, ChildDied, settled
+from bench.gpu.children import Child, ChildDied, settled, steady
 from bench.gpu.driver_child import digest, fill, pattern
 from bench.gpu.record import Recorder, Skipped
 from serverlesslora_ipc.cuda.driver import Driver, open_driver, round_up
@@ -18,6 +18,7 @@ from serverlesslora_ipc.cuda.elastic import ElasticRange
 from serverlesslora_ipc.cuda.region import Publication, RegionDraft, attach
 
 LEAK_TOLERANCE = 8 << 20  # what the driver itself may keep or not, counted by the device
+PATTERN_BYTES = 8 << 30
 ATTACH_BAR_MS = 50.0
 WORKER_CONTEXT_NAME = "context_torch_mb"
 
@@ -32,6 +33,7 @@ def run(recorder: Recorder) -> None:
     recorder.part("a descriptor alone keeps the memory", proof.descriptor_alone)
     recorder.part("elastic memory", proof.elastic)
     recorder.part("killed at any moment", proof.killed, needs_s=10)
+    recorder.part("scrubbed", proof.scrubbed, needs_s=12)
     recorder.part("what an idle process costs", proof.contexts, needs_s=8)
     recorder.part("attaching 16 GB", proof.attach_large, needs_s=5)
     driver.stop()
@@ -107,7 +109,7 @@ class Proof:
     def descriptor_alone(self) -> None:
         if not self._driver.can_export_fds():
             raise Skipped("no descriptors here")
-        size, before = self._size, self._free()
+        size, before = self._size, self._steady_free()
         child = self._child()
         child.tell("publish", size=size, seed=4)
         answer, fds = child.answer()
@@ -125,7 +127,7 @@ class Proof:
     def elastic(self) -> None:
         driver, check = self._driver, self._recorder.check
         chunk = ElasticRange.chunk_size(driver, 1 if self._dry else 32 << 20)
-        before = self._free()
+        before = self._steady_free()
         with ElasticRange(driver, 8 * chunk, chunk) as elastic:
             seconds: list[float] = []
             for index in (5, 2, 7):
@@ -148,7 +150,7 @@ class Proof:
             check("a tensor over addresses without memory works once there is some", answer == "3", answer)
 
     def killed(self) -> None:
-        before, rng = self._free(), random.Random(0)
+        before, rng = self._steady_free(), random.Random(0)
         rounds = 6 if self._dry else 8
         for seed in range(rounds):
             # Every other one may still be on its way to a context, or have none yet.
@@ -161,10 +163,35 @@ class Proof:
             child.close()
         self._no_leak(f"{rounds} processes killed at random moments", before)
 
+    def scrubbed(self) -> None:
+        """What one process leaves in memory must not be there for whoever gets that memory next."""
+        size = PATTERN_BYTES if not self._dry else 4 * self._driver.granularity()
+        before = self._steady_free()
+        writer = self._child()
+        try:
+            found = writer.ask("leave_pattern", size=size)
+        finally:
+            writer.kill()
+            writer.close()
+        # Else nothing found below would say nothing.
+        self._recorder.check("scrubbed: a search finds the pattern where it is", found == size // 8, f"{found} words")
+        settled(self._free, before, LEAK_TOLERANCE)
+        free = self._steady_free()
+        limit = free if not self._dry else 8 * size
+        with self._child() as reader:
+            answer = reader.ask("search_pattern", timeout_s=45, limit=limit, unit=size // 8)
+        searched, found = answer["bytes"], answer["found"]
+        detail = f"{found} of {size // 8} words found in {searched / 1e9:.1f} of {free / 1e9:.1f} GB that were free"
+        # So much of what is free that at least half of the pattern's memory must have been among it.
+        enough = self._dry or searched >= free - size // 2
+        self._recorder.check("scrubbed: enough memory was searched", enough, detail)
+        self._recorder.check("scrubbed: nothing of a killed process is found in new memory", found == 0, detail)
+        self._no_leak("and closing the search returns everything", before)
+
     def contexts(self) -> None:
         if self._dry:
             raise Skipped("there are no contexts on host memory")
-        before = self._free()
+        before = self._steady_free()
         with self._child() as one:
             bare = before - self._free()
             reserved = one.ask("torch")
@@ -180,7 +207,7 @@ class Proof:
 
     def attach_large(self) -> None:
         size = self._size if self._dry else 16 * 10**9
-        before = self._free()
+        before = self._steady_free()
         with RegionDraft(self._driver, size) as draft:
             published = draft.publish()
         with published, self._child() as child:
@@ -211,6 +238,10 @@ class Proof:
 
     def _free(self) -> int:
         return self._driver.memory().free_bytes
+
+    def _steady_free(self) -> int:
+        """Before anything is counted, what ended children held has come back."""
+        return self._free() if self._dry else steady(self._free)
 
     def _no_leak(self, name: str, before: int) -> None:
         tolerance = 0 if self._dry else LEAK_TOLERANCE

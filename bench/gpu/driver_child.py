@@ -7,16 +7,20 @@ import random
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import xxhash
 
 from bench.gpu.children import serve
-from serverlesslora_ipc.cuda.driver import Driver, DriverError, open_driver
+from serverlesslora_ipc.cuda.driver import Driver, DriverError, OutOfDeviceMemory, open_driver, round_up
 from serverlesslora_ipc.cuda.elastic import ElasticRange
 from serverlesslora_ipc.cuda.region import DeviceRegion, Publication, RegionDraft, attach
 
 Fds = list[int]
+PATTERN = 0x5EC4E75A17C0DE01  # unlikely in memory that nobody has written
+SEARCH_WORDS = 64 << 20
+SEARCH_RESERVE = 1 << 30  # left to torch and to the driver
 
 
 class Verbs:
@@ -148,6 +152,44 @@ class Verbs:
             answer = f"{chunk.sum(dtype=torch.int64).item() // unit}"
             elastic.unmap_chunk(2)
         return answer
+
+    def leave_pattern(self, fds: Fds, out: Fds, size: int) -> int:
+        """Memory full of one number, which stays until this process is killed; how often a search finds it there."""
+        draft = RegionDraft(self._driver, size)
+        self._kept.append(draft)
+        self._words(draft).fill_(PATTERN)
+        return self._count(draft)
+
+    def search_pattern(self, fds: Fds, out: Fds, limit: int, unit: int) -> dict[str, int]:
+        """As much new memory as there is, and how often it holds that number. All of it goes back."""
+        self.torch([], [])  # its own memory is taken first
+        searched = found = 0
+        with ExitStack() as taken:
+            for size in (unit, unit // 16):
+                size = round_up(size, self._driver.granularity())
+                while searched + size <= limit and self._driver.memory().free_bytes >= size + self._reserve():
+                    try:
+                        draft = taken.enter_context(RegionDraft(self._driver, size))
+                    except OutOfDeviceMemory:
+                        break
+                    found += self._count(draft)
+                    searched += size
+        return {"bytes": searched, "found": found}
+
+    def _reserve(self) -> int:
+        return SEARCH_RESERVE if self._kind == "cuda" else 0
+
+    def _words(self, draft: RegionDraft) -> Any:
+        import torch
+
+        from serverlesslora_kernels.cuda.memory import bytes_at
+
+        device = torch.device("cuda", 0) if self._kind == "cuda" else torch.device("cpu")
+        return bytes_at(draft.address, draft.size, device).view(torch.int64)
+
+    def _count(self, draft: RegionDraft) -> int:
+        """In parts: a comparison takes memory, too."""
+        return sum(int((part == PATTERN).sum().item()) for part in self._words(draft).split(SEARCH_WORDS))
 
     def allocate(self, fds: Fds, out: Fds, size: int, seed: int) -> str:
         """Ordinary memory by legacy handle."""

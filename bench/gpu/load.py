@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.gpu.children import settled
+from bench.gpu.children import settled, steady
 from bench.gpu.models import config_of, module_of, view
 from bench.gpu.processes import Peer
 from bench.gpu.record import Recorder
@@ -69,7 +69,7 @@ class _Proof:
         self._setting = recorder.setting
 
     def run(self) -> None:
-        before = self._driver.memory().free_bytes
+        before = steady(lambda: self._driver.memory().free_bytes)
         arguments = ["--device", self._setting.kind]
         began = time.perf_counter()
         with Peer(HOST, [*arguments, "--model", str(self._checkpoint)], HostToGateway) as host:

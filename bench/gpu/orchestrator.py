@@ -40,7 +40,7 @@ class Run:
         self._kind = kind
         self._console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
         self._setup = _setup(root, kind)
-        self._path = out / f"gpu-{_slug(self._setup['device'])}.json"
+        self._path = out.resolve() / f"gpu-{_slug(self._setup['device'])}.json"
         self._budget_s = budget_s
         self._results: list[SectionResult] = []
         self._limits: dict[str, float] = {}
@@ -48,9 +48,15 @@ class Run:
     def main_loop(self, chosen: list[Section], *, strict: bool) -> int:
         began = time.monotonic()
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._kind == "cuda":
+            self._read_libraries(began)
         shm = Path("/dev/shm")
         roomy = self._kind == "cuda" and shm.is_dir() and shutil.disk_usage(shm).free > _SCRATCH_BYTES
-        with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=shm if roomy else None) as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix="gpu-check-", dir=shm if roomy else None) as scratch,
+            # Triton loads libraries from there, which /dev/shm often forbids.
+            tempfile.TemporaryDirectory(prefix="gpu-check-triton-") as self._compiled,
+        ):
             # Nothing is measured on emulated devices, and each section has one of its own: all at once.
             planned = turns(chosen) if self._kind == "cuda" else [chosen]
             for index, turn in enumerate(planned):
@@ -71,6 +77,14 @@ class Run:
         table.print_summary(self._console, self._results, time.monotonic() - began, self._path)
         return self._exit_code(strict)
 
+    def _read_libraries(self, began: float) -> None:
+        """From a cold disk they take long to import: once, here, and in no section's time."""
+        self._console.print("importing torch, transformers and peft for the first time …")
+        code = "import triton, peft, torch, transformers; print(torch.zeros(1, device='cuda').item())"
+        if _output(sys.executable, "-c", code, timeout_s=120) is None:
+            self._console.print("  [yellow]that failed, or took over two minutes; the sections will say why[/]")
+        self._setup["first_import_s"] = round(time.monotonic() - began, 1)
+
     def _exit_code(self, strict: bool) -> int:
         """What there was no time to prove is not proven; a number that is missing proves nothing anyway."""
         unproven = [
@@ -85,15 +99,16 @@ class Run:
         running = [SectionProcess(section, self._command(section, allowed_s, scratch), scratch) for section in turn]
         deadline = time.monotonic() + allowed_s + _GRACE_S
         for process in running:
-            process.start(self._root, self._environment(process.name, scratch))
+            process.start(self._root, self._environment(process.name))
         return [process.result(deadline, allowed_s) for process in running]
 
     def _command(self, section: Section, allowed_s: float, scratch: Path) -> list[str]:
         command = [sys.executable, "-m", "bench.gpu.run_section", section.name, "--device", self._kind]
         command += ["--result", str(scratch / f"{section.name}.json"), "--scratch", str(scratch / section.name)]
+        command += ["--beside", str(self._path)]
         return [*command, "--deadline-s", f"{allowed_s:.1f}", "--limits", json.dumps(self._limits)]
 
-    def _environment(self, section: str, scratch: Path) -> dict[str, str]:
+    def _environment(self, section: str) -> dict[str, str]:
         environment = dict(os.environ)
         folders = [str(self._root / folder) for folder in ("", "ipc", "kernels", "loadgen")]
         environment["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [environment.get("PYTHONPATH")])])
@@ -102,7 +117,7 @@ class Run:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             # One run compiles each kernel once, and never finds an old one.
-            "TRITON_CACHE_DIR": str(scratch / "triton"),
+            "TRITON_CACHE_DIR": self._compiled,
         }
         environment |= DEVICE_ENVIRONMENT  # as workers have it
         environment.pop("TRITON_INTERPRET", None)
@@ -180,11 +195,7 @@ def _setup(root: Path, kind: DeviceKind) -> dict[str, Any]:
     """The machine and the versions, so that a number can be read a year later."""
     setup: dict[str, Any] = {"device": "emulated", "date": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if kind == "cuda":
-        values = _output("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader")
-        if values is None:
-            raise SystemExit("no GPU: nvidia-smi does not answer; without one there is --device emulated")
-        parts = [value.strip() for value in values.splitlines()[0].split(",")]
-        setup |= {"device": parts[0], **dict(zip(_FIELDS[1:], parts[1:], strict=False))}
+        setup |= _card()
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -203,9 +214,21 @@ def _setup(root: Path, kind: DeviceKind) -> dict[str, Any]:
     return setup
 
 
-def _output(*command: str) -> str | None:
+def _card() -> dict[str, str]:
+    """As nvidia-smi describes it; where that is missing or knows a field less, as torch names it."""
+    values = _output("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader")
+    if values is not None:
+        parts = [value.strip() for value in values.splitlines()[0].split(",")]
+        return {"device": parts[0], **dict(zip(_FIELDS[1:], parts[1:], strict=False))}
+    name = _output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))", timeout_s=120)
+    if name is None:
+        raise SystemExit("no GPU: neither nvidia-smi nor torch finds one; without one there is --device emulated")
+    return {"device": name}
+
+
+def _output(*command: str, timeout_s: float = 30) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None

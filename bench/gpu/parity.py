@@ -141,6 +141,7 @@ class _Reference:
     """transformers' model over the same memory, wrapped by PEFT where an adapter is wanted."""
 
     def __init__(self, driver: Driver, device: torch.device, backbone: RandomBackbone, path: Path | None) -> None:
+        self._device = device
         published, manifest = backbone.published, backbone.manifest
         self._mapped = map_backbone(driver, published.sharing, published.fd, published.handle, manifest, device)
         self._model: Any = reference_model(backbone, self._mapped.region, "sdpa")
@@ -157,6 +158,8 @@ class _Reference:
 
     def __exit__(self, *_: object) -> None:
         self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # it may still be reading its weights
         self._mapped.close()
 
 

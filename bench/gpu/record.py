@@ -60,6 +60,7 @@ class Setting:
     scratch: Path  # removed at the end of the run
     limits: Mapping[str, float] = field(default_factory=dict)  # measured by the section of this name
     variant: str = ""  # of a module that serves several sections
+    results: Path | None = None  # the result file, for what is written beside it
 
     @property
     def is_dry(self) -> bool:

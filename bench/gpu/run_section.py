@@ -21,10 +21,12 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--deadline-s", type=float, required=True)
     parser.add_argument("--limits", default="{}")
+    parser.add_argument("--beside", type=Path, help="the result file of the whole run")
     options = parser.parse_args()
     section = find(options.name)
     deadline = time.monotonic() + options.deadline_s
-    setting = Setting(options.device, deadline, options.scratch, json.loads(options.limits), section.variant)
+    limits = json.loads(options.limits)
+    setting = Setting(options.device, deadline, options.scratch, limits, section.variant, options.beside)
     recorder = Recorder(options.name, options.result, setting)
     try:
         section.run(recorder)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from bench.gpu.record import Recorder
+if TYPE_CHECKING:
+    from bench.gpu.record import Recorder
 
 
 class Section(NamedTuple):
@@ -26,22 +27,22 @@ class Section(NamedTuple):
 
 def _kernels(variant: str) -> Section:
     what = f"every kernel against float64 ({variant}), and what its first use costs"
-    return Section(f"kernels_{variant}", 110, 50, what, "kernels", variant, is_correctness=True, is_together=True)
+    return Section(f"kernels_{variant}", 140, 50, what, "kernels", variant, is_correctness=True, is_together=True)
 
 
 def _compile(variant: str) -> Section:
     what = f"compiles what the timed sections use ({variant}), several sections at a time"
-    return Section(f"compile_{variant}", 110, 50, what, "compile_ahead", variant, is_together=True)
+    return Section(f"compile_{variant}", 140, 50, what, "compile_ahead", variant, is_together=True)
 
 
 SECTIONS = (
-    Section("driver", 60, 25, "the backbone is shared, read-only, and nothing is leaked", is_correctness=True),
+    Section("driver", 75, 30, "the backbone is shared, read-only, and nothing is leaked", is_correctness=True),
     _kernels("bfloat16"),
     _kernels("float16"),
     _kernels("float32"),
     Section(
         "parity",
-        110,
+        140,
         50,
         "the engine against PEFT; interleaved requests against lonely ones",
         is_correctness=True,
@@ -50,9 +51,10 @@ SECTIONS = (
     _compile("sgmv"),
     _compile("8b"),
     _compile("1b"),
+    _compile("linear"),
     Section("limits", 25, 10, "what this device can do at best: the floors of all other numbers"),
     Section("engine_8b", 90, 45, "an 8B shape: attach, decode steps and prefill against their floors", "engine", "8b"),
-    Section("sgmv", 60, 25, "SGMV against its byte floor and against bmm over gathered weights"),
+    Section("sgmv", 75, 25, "SGMV against its byte floor and against bmm over gathered weights"),
     Section("cold", 75, 35, "what a first token costs by where its adapter and worker are", is_correctness=True),
     Section("load", 45, 20, "a checkpoint streamed to the device and attached by another process", is_correctness=True),
     Section("attention", 40, 12, "decode attention against the bandwidth of the device"),

@@ -140,6 +140,8 @@ def serving(
     finally:
         engine.close()
         del engine, model, lora
+        if setting.kind == "cuda":
+            torch.cuda.synchronize()  # nothing may use memory while it is unmapped
         mapped.close()
 
 
