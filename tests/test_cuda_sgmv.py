@@ -5,12 +5,8 @@ from __future__ import annotations
 from tests.triton_interpreter import DEVICE  # before anything that holds Triton programs
 
 # isort: split
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -288,16 +284,3 @@ for case in compile_cases():
     print(case.program.__name__, ptx.count("ld.global.b16"), ptx.count("ld.global.v4"), len(copies),
           sum("0x10" in line for line in copies))
 """
-
-
-def test_weights_are_read_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
-    """The compiler believes in an address from a table only what it is told; untold, every load is two bytes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    counts = {name: [int(each) for each in rest] for name, *rest in map(str.split, run.stdout.splitlines())}
-    assert counts.keys() == {"shrink_rows", "expand_rows", "shrink_tiles", "expand_tiles"}
-    for narrow, wide, copies, wide_copies in counts.values():
-        assert narrow <= 1, "only expand_rows may read y so: one column per thread"
-        assert wide + wide_copies > 0 and copies == wide_copies
