@@ -195,7 +195,7 @@ def test_a_slot_is_used_again_without_a_trace_of_its_last_adapter(
     slots = set()
     for name in ("wide", "a", "b"):
         bench.load(adapters[name], name)
-        lora = bench.engine._adapters[name].adapter.lora
+        lora = bench.engine._adapters.by_digest[name].lora
         assert isinstance(lora, DeviceLora)
         slots.add(lora.slot)
         answer = bench.ask(name, [1, 2, 3], name, max_tokens=3)

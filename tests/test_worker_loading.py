@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from serverlesslora.engine.adapters import AdapterRead
 from serverlesslora.engine.cuda.device import CudaDevice
-from serverlesslora.engine.engine import AdapterRead, Engine
+from serverlesslora.engine.engine import Engine
 from serverlesslora.worker.lease import DeviceLease
 from serverlesslora.worker.main import Worker
 from serverlesslora_ipc.channel import Channel

@@ -14,18 +14,17 @@ import itertools
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from serverlesslora.engine.adapters import AdapterRead, AdapterTable
 from serverlesslora.engine.blocks import BlockManager
 from serverlesslora.engine.device import Choosing, Device
 from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.kv_pool import KvPool
-from serverlesslora.engine.lora import Adapter, LoraModel
+from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.request import Request
 from serverlesslora.engine.runner import PromptLogits, Runner, StepOutput
@@ -33,7 +32,6 @@ from serverlesslora.engine.sampler import Sampled
 from serverlesslora.engine.scheduler import Scheduler, Work
 from serverlesslora.engine.sequence import Sequence, SequenceState
 from serverlesslora.errors import (
-    AdapterInvalid,
     ContextLengthExceeded,
     InvalidRequest,
     ModelNotFound,
@@ -78,23 +76,6 @@ class _Starving(NamedTuple):
     since: float
 
 
-@dataclass(slots=True)
-class _LoadedAdapter:
-    adapter: Adapter
-    text: TextCodec
-    num_requests: int = 0
-    retired: bool = False  # unloaded by name; freed when the last request on it ends
-
-
-class AdapterRead(NamedTuple):
-    """What `Engine.read_adapter` has found; without `loaded` and without a refusal it was there already."""
-
-    message: LoadAdapter
-    loaded: _LoadedAdapter | None
-    refusal: str
-    seconds: float
-
-
 class Engine:
     def __init__(
         self,
@@ -137,7 +118,7 @@ class Engine:
         )
         self._sampler = device.create_sampler()
         self._loads_aside = device.kind != "cpu"
-        self._adapters: dict[str, _LoadedAdapter] = {}
+        self._adapters = AdapterTable(lora, text, clock)
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, Request] = {}
         self._outbox: list[WorkerToGateway] = []
@@ -194,7 +175,7 @@ class Engine:
             return
         self._requests[message.request_id] = request
         if request.adapter:
-            self._adapters[request.adapter].num_requests += 1
+            self._adapters.acquire(request.adapter)
         for sequence in request.choices:
             self._request_of[sequence] = request
             self._scheduler.add(sequence)
@@ -216,57 +197,24 @@ class Engine:
 
         On a device that `loads_aside` another thread may do it while steps run; `admit` makes the result known.
         """
-        started = self._clock()
-        loaded: _LoadedAdapter | None = None
-        refusal = ""
-        if message.digest not in self._adapters:
-            try:
-                loaded = self._read(Path(message.path), message.digest)
-            except AdapterInvalid as error:
-                refusal = error.message
-        return AdapterRead(message, loaded, refusal, self._clock() - started)
+        return self._adapters.read(message)
 
     def admit(self, read: AdapterRead) -> Loaded | Refused:
         """From now on requests may name the adapter."""
-        digest = read.message.digest
-        entry = self._adapters.get(digest)
-        if entry is None and read.loaded is None and not read.refusal:
-            read = self.read_adapter(read.message)  # it was there when it was looked for, and has been freed since
-        if read.refusal:
-            return Refused(digest, read.refusal)
-        if entry is None:
-            assert read.loaded is not None
-            entry = self._adapters[digest] = read.loaded
-            self._lora.admit(entry.adapter)
-        elif read.loaded is not None:  # read twice at the same time
-            self._lora.discard(read.loaded.adapter)
-        entry.retired = False
-        adapter = entry.adapter
-        return Loaded(
-            digest,
-            read.seconds,
-            adapter.size_bytes,
-            rank=adapter.rank,
-            modules=adapter.modules,
-            kinds=adapter.kinds,
-        )
+        return self._adapters.admit(read)
 
     def unload_adapter(self, digest: str) -> None:
         """New requests no longer find it; running ones finish on it, then its memory is freed."""
-        entry = self._adapters.get(digest)
-        if entry is not None:
-            entry.retired = True
-            self._free_if_unused(digest)
+        self._adapters.retire(digest)
 
     def stats(self) -> Stats:
-        loaded = {digest: entry for digest, entry in self._adapters.items() if not entry.retired}
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_used_blocks=self._blocks.num_used,
             kv_total_blocks=self._blocks.num_blocks,
-            adapters=tuple(loaded),
-            adapter_bytes=sum(entry.adapter.size_bytes for entry in self._adapters.values()),
+            adapters=self._adapters.digests,
+            adapter_bytes=self._adapters.size_bytes,
             steps=self._num_steps,
             busy_s=self._busy_s,
             preemptions=self._scheduler.num_preemptions,
@@ -342,7 +290,7 @@ class Engine:
         """A step that finds no memory, even after what torch keeps was given back, ends its own requests only."""
         for is_last_try in (False, True):
             try:
-                return self._runner.run(work, self._loaded)
+                return self._runner.run(work, self._adapters.by_digest)
             except torch.OutOfMemoryError as problem:
                 log.warning("a step of %d sequences found no memory: %s", len(work), problem)
                 self._runner.release_cached()
@@ -364,10 +312,11 @@ class Engine:
         owners = [self._request_of[item.sequence] for item in work]
         rows = [owner.sample_row(item.sequence) for owner, item in zip(owners, work, strict=True)]
         may_end = any(owner.is_complete(item.sequence) for owner, item in zip(owners, work, strict=True))
-        if may_end or not self._sampler.is_on_device(rows) or not self._runner.graphs.fits(work, self._loaded):
+        adapters = self._adapters.by_digest
+        if may_end or not self._sampler.is_on_device(rows) or not self._runner.graphs.fits(work, adapters):
             self._scheduler.withdraw(work)
             return None
-        logits = self._runner.graphs.run(work, self._loaded, tokens=tokens)
+        logits = self._runner.graphs.run(work, adapters, tokens=tokens)
         result = StepOutput([item.sequence for item in work], logits, [])
         return _Launched(work, owners, result, self._sampler.begin(logits, rows), started)
 
@@ -439,28 +388,13 @@ class Engine:
         for item, request in zip(work, owners, strict=True):
             request.device_s += per_token * item.num_tokens
 
-    @property
-    def _loaded(self) -> dict[str, Adapter]:
-        return {digest: entry.adapter for digest, entry in self._adapters.items()}
-
-    def _read(self, path: Path, digest: str) -> _LoadedAdapter:
-        adapter = self._lora.read(path, digest)
-        try:
-            # An adapter may bring its own tokenizer and chat template, and rows for tokens of its own.
-            own_size = adapter.vocab_size if adapter.vocab_size != self._lora.vocab_size else None
-            text = TextCodec.from_directory(path, self._text, vocab_size=own_size)
-        except AdapterInvalid:
-            self._lora.discard(adapter)
-            raise
-        return _LoadedAdapter(adapter, text)
-
     # --- beginning and end of a request -------------------------------------------------------------------------
 
     def _accept(self, message: Generate) -> Request:
         text, vocab_size = self._text, self._lora.vocab_size
         if message.adapter is not None:
-            entry = self._adapters.get(message.adapter)
-            if entry is None or entry.retired:
+            entry = self._adapters.find(message.adapter)
+            if entry is None:
                 raise ModelNotFound(f"the adapter {message.adapter} is not loaded in this worker", param="model")
             text, vocab_size = entry.text, entry.adapter.vocab_size
         prompt_ids = text.encode(message.prompt)
@@ -500,14 +434,7 @@ class Engine:
                 self._end(sequence, forget=forget)
         del self._requests[request.message.request_id]
         if request.adapter:
-            self._adapters[request.adapter].num_requests -= 1
-            self._free_if_unused(request.adapter)
-
-    def _free_if_unused(self, digest: str) -> None:
-        entry = self._adapters[digest]
-        if entry.retired and entry.num_requests == 0:
-            del self._adapters[digest]
-            self._lora.unload(entry.adapter)
+            self._adapters.release(request.adapter)
 
     def check(self) -> None:
         """Assert the invariants of every part; for tests."""
@@ -516,8 +443,7 @@ class Engine:
         assert set(queued) == set(self._request_of)
         for request in self._requests.values():
             assert not request.has_ended
-        for digest, entry in self._adapters.items():
-            assert entry.num_requests == sum(request.adapter == digest for request in self._requests.values())
+        self._adapters.check([request.adapter for request in self._requests.values()])
 
 
 _NAN = "the model produced numbers that are not finite for this request; its adapter or the backbone is damaged"

@@ -18,7 +18,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from serverlesslora.engine.engine import FORGET_AFTER_S, AdapterRead, Engine
+from serverlesslora.engine.adapters import AdapterRead
+from serverlesslora.engine.engine import FORGET_AFTER_S, Engine
 from serverlesslora.launcher.prepared import PreparedBackbone, warm_up
 from serverlesslora.worker.lease import DeviceLease
 from serverlesslora_ipc import sealed
