@@ -9,12 +9,14 @@ import json
 import os
 import platform
 import random
+import signal
 import socket
 import statistics
 import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -78,13 +80,20 @@ def free_port() -> int:
 class Running:
     url: str
     admin: str
-    pid: int
+    pid: int  # also the number of its process group
     started_at: float
 
 
 @contextlib.contextmanager
-def server(*arguments: str, command: Sequence[str] | None = None, wait: bool = True) -> Iterator[Running]:
-    """A server of ours on free ports, healthy when the block begins, gone when it ends."""
+def server(
+    *arguments: str, command: Sequence[str] | None = None, wait: bool = True, nice: int = 0
+) -> Iterator[Running]:
+    """A server of ours on free ports, healthy when the block begins, gone with all of its process group when it ends.
+
+    `nice` > 0 lets a client on the same cores keep its times while the server has more to do than it can.
+    """
+    if threading.current_thread() is threading.main_thread():  # told to end, a bench still ends what it started
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     port, admin_port = free_port(), free_port()
     state = tempfile.TemporaryDirectory(prefix="serverlesslora-bench-")
     argv = command or [
@@ -92,7 +101,11 @@ def server(*arguments: str, command: Sequence[str] | None = None, wait: bool = T
         *("--port", str(port), "--admin-port", str(admin_port), "--state-dir", state.name),
     ]
     began = time.perf_counter()
-    process = subprocess.Popen([part.format(port=port) for part in argv], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*(("nice", "-n", str(nice)) if nice else ()), *(part.format(port=port) for part in argv)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     running = Running(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}", process.pid, began)
     try:
         if wait:
@@ -100,11 +113,11 @@ def server(*arguments: str, command: Sequence[str] | None = None, wait: bool = T
         yield running
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # whatever did not leave by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         state.cleanup()
 
 
