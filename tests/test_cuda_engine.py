@@ -23,7 +23,7 @@ from serverlesslora.engine.engine import FORGET_AFTER_S, STARVED_S
 from serverlesslora.engine.runner import Runner
 from serverlesslora.engine.sampler import Sampler, SampleRow
 from serverlesslora.engine.scheduler import Work
-from serverlesslora_ipc.messages import Failed, Finished, SamplingParams
+from serverlesslora_ipc.messages import Aborted, Failed, Finished, SamplingParams
 from tests.fakes import ATTENTION_AND_HEAD, ManualClock, merge_adapter, tiny_model, write_adapter
 from tests.test_engine import Bench, prompt_of, solo
 
@@ -132,14 +132,15 @@ def test_a_request_aborted_while_its_step_is_on_its_way(
 ) -> None:
     bench = Bench(blocks=64, device=device, max_running=2)
     bench.engine.capture()
-    bench.ask("gone", [9, 8, 7], max_tokens=30)
+    gone = bench.ask("gone", [9, 8, 7], max_tokens=30)
     kept = bench.ask("kept", [1, 2, 3], max_tokens=6)
     bench.step()
     assert bench.engine._ahead is not None
     bench.engine.abort("gone")
     bench.engine.check()
-    again = bench.ask("gone", [5, 5], max_tokens=4)  # the name may come back at once
+    again = bench.ask("again", [5, 5], max_tokens=4)  # in its place
     bench.run()
+    assert isinstance(gone.end, Aborted)
     assert kept.tokens() == solo(oracles[""], [1, 2, 3], 6)
     assert again.tokens() == solo(oracles[""], [5, 5], 4)
 

@@ -18,9 +18,11 @@ from serverlesslora.engine.engine import Engine
 from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import LoraModel
 from serverlesslora.engine.prompts import TextCodec
+from serverlesslora.engine.request import PATIENCE_S
 from serverlesslora.engine.sequence import Sequence
 from serverlesslora.engine.shortcuts import take_shortcuts
 from serverlesslora_ipc.messages import (
+    Aborted,
     Delta,
     Failed,
     Finished,
@@ -29,10 +31,12 @@ from serverlesslora_ipc.messages import (
     Loaded,
     PromptEcho,
     SamplingParams,
+    Spent,
     Started,
     TextPrompt,
     TokensPrompt,
     WorkerLimits,
+    WorkerToGateway,
 )
 from tests.fakes import EOS, ManualClock, byte_tokenizer, merge_adapter, tiny_model, write_adapter
 
@@ -48,10 +52,17 @@ class Answer:
     started: Started | None = None
     echo: PromptEcho | None = None
     deltas: list[Delta] = field(default_factory=list)
-    end: Finished | Failed | None = None
+    end: Finished | Failed | Aborted | None = None
+    is_aborted: bool = False
+
+    @property
+    def spent(self) -> Spent:
+        assert self.end is not None
+        return self.end.spent
 
     def take(self, message: Any) -> None:
         assert self.end is None, f"{message} after the end"
+        assert not self.is_aborted or isinstance(message, Aborted), f"{message} after the abort"
         match message:
             case Started():
                 assert self.started is None
@@ -68,7 +79,7 @@ class Answer:
             case Finished():
                 assert self.started is not None
                 self.end = message
-            case Failed():
+            case Failed() | Aborted():
                 self.end = message
 
     def tokens(self, index: int = 0) -> list[int]:
@@ -116,16 +127,25 @@ class Bench:
         *,
         n: int = 1,
         echo: bool = False,
+        deadline: float | None = None,
         **params: Any,
     ) -> Answer:
         shape = TextPrompt(prompt) if isinstance(prompt, str) else TokensPrompt(tuple(prompt))
         sampling = SamplingParams(**(GREEDY | {"max_tokens": 8} | params))
-        self.engine.submit(Generate(name, adapter, shape, sampling, n, echo))
+        self.engine.submit(Generate(name, adapter, shape, sampling, n, echo, deadline))
         answer = self.answers[name] = Answer()
         return answer
 
+    def abort(self, name: str) -> None:
+        self.answers[name].is_aborted = name in self.engine._requests
+        self.engine.abort(name)
+        self.engine.check()
+
     def step(self) -> None:
-        for message in self.engine.step():
+        self.take(self.engine.step())
+
+    def take(self, messages: list[WorkerToGateway]) -> None:
+        for message in messages:
             self.answers[message.request_id].take(message)  # type: ignore[union-attr]
         self.engine.check()
 
@@ -294,7 +314,8 @@ def test_abort_frees_at_once() -> None:
     assert (after.running, after.waiting) == (1, 0)
     assert after.kv_used_blocks == before.kv_used_blocks // 2
     bench.run()
-    assert bench.answers["x"].end is None
+    assert isinstance(bench.answers["x"].end, Aborted)
+    assert isinstance(bench.answers["z"].end, Aborted)
     assert bench.answers["y"].tokens() == solo(tiny_model(), [ord("y")] * 20, 50)
 
 
@@ -474,6 +495,181 @@ def test_device_time_is_shared_out_completely() -> None:
     shares = [end.device_s for end in ends if isinstance(end, Finished)]
     assert sum(shares) == pytest.approx(bench.engine.stats().busy_s)
     assert all(share > 0 for share in shares)
+
+
+def test_who_leaves_pays_for_what_was_computed() -> None:
+    clock = ManualClock(tick=0.25)
+    bench = Bench(clock=clock, max_running=2)
+    gone = bench.ask("gone", [1] * 20, max_tokens=30)
+    kept = bench.ask("kept", [2] * 10, max_tokens=30)
+    unheard = bench.ask("unheard", [3] * 10, max_tokens=30)
+    for _ in range(5):
+        bench.step()
+    before = clock.now
+    bench.abort("gone")
+    bench.abort("unheard")
+    bench.take(bench.engine.drain())
+    assert isinstance(gone.end, Aborted)
+    assert isinstance(unheard.end, Aborted)
+    bench.run()
+    shares = [answer.spent.device_s for answer in (gone, kept, unheard)]
+    assert sum(shares) == pytest.approx(bench.engine.stats().busy_s)
+    assert shares[0] > 0 and shares[2] == 0
+    assert gone.spent.prompt_tokens == 20
+    assert gone.spent.completion_tokens == len(gone.tokens()) == 5
+    assert (unheard.spent.completion_tokens, unheard.spent.first_token_s) == (0, 0.0)
+    assert before / 2 < unheard.spent.queue_s < clock.now, "it waited until its end"
+    assert 0 < gone.spent.queue_s < gone.spent.first_token_s < before
+
+
+def test_a_step_without_memory_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock)
+
+    def fails(*_: Any) -> Any:
+        clock.now += 1.0
+        raise torch.OutOfMemoryError("none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.engine._runner, "run", fails)
+        answers = [bench.ask("long", [1] * 9), bench.ask("short", [1] * 3)]
+        bench.run()
+    assert [answer.spent.device_s for answer in answers] == pytest.approx([1.5, 0.5])
+    stats = bench.engine.stats()
+    assert stats.busy_s == pytest.approx(2.0)
+    assert stats.steps == stats.prefill.n == 0, "nothing to learn from"
+
+
+def test_sums_over_steps_give_the_line_they_lie_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock, max_step_tokens=32)
+    run = bench.engine._runner.run
+
+    def timed(work: list[Any], adapters: Any) -> Any:
+        rows = sum(item.num_tokens for item in work)
+        clock.now += 3.0 + 0.5 * rows if any(item.num_tokens > 1 for item in work) else 2.0 + 0.25 * rows
+        return run(work, adapters)
+
+    monkeypatch.setattr(bench.engine._runner, "run", timed)
+    for round_ in range(3):
+        for index in range(round_ + 1):
+            bench.ask(f"{round_}-{index}", [index * 10 + round_] * (7 + 20 * index + 5 * round_), max_tokens=6)
+            for _ in range(2):
+                bench.step()
+        bench.run()
+    stats = bench.engine.stats()
+    assert stats.steps > stats.decode.n + stats.prefill.n, "mixed steps count for neither"
+    for sums, base, slope in ((stats.decode, 2.0, 0.25), (stats.prefill, 3.0, 0.5)):
+        assert sums.n > 2
+        b = (sums.n * sums.sum_xt - sums.sum_x * sums.sum_t) / (sums.n * sums.sum_xx - sums.sum_x**2)
+        assert b == pytest.approx(slope)
+        assert (sums.sum_t - b * sums.sum_x) / sums.n == pytest.approx(base)
+
+
+def test_what_was_rehearsed_is_not_counted() -> None:
+    bench = Bench()
+    bench.ask("nobody", [1] * 20, max_tokens=3)
+    bench.run()
+    bench.engine.start_counting()
+    stats = bench.engine.stats()
+    assert (stats.steps, stats.busy_s, stats.prefix_query_tokens) == (0, 0.0, 0)
+    assert stats.decode.n == stats.prefill.n == 0
+    somebody = bench.ask("somebody", [1] * 20, max_tokens=3)
+    bench.run()
+    assert somebody.spent.device_s == pytest.approx(bench.engine.stats().busy_s)
+
+
+def test_memory_of_keys_and_values_is_what_was_written_to() -> None:
+    bench = Bench(blocks=64)
+    assert bench.engine.stats().kv_bytes == 0
+    for name in ("first", "again"):
+        bench.ask(name, [1] * 20, max_tokens=4)
+        bench.run()
+        # Of three blocks the prefix cache keeps two; the third is used again.
+        assert bench.engine.stats().kv_bytes == 3 * BLOCK * KV_TOKEN_BYTES
+    bench.ask("long", [2] * 60, max_tokens=4)
+    bench.run()
+    assert bench.engine.stats().kv_bytes == 10 * BLOCK * KV_TOKEN_BYTES
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------
+
+
+def test_who_has_not_begun_by_the_deadline_is_told_so() -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock, max_running=1)
+    running = bench.ask("running", [1] * 3, max_tokens=20, deadline=10.0)
+    bench.step()
+    late = bench.ask("late", [2] * 3, n=2, deadline=10.0)
+    patient = bench.ask("patient", [3] * 3)
+    in_time = bench.ask("in time", [4] * 3, deadline=30.0)
+    clock.now = 10.0
+    bench.take(bench.engine.drain())
+    assert late.end is None, "not yet"
+    clock.now = 12.5
+    bench.take(bench.engine.drain())
+    assert isinstance(late.end, Failed)
+    assert (late.end.error.status, late.end.error.code) == (503, "deadline_exceeded")
+    assert "12.5 s" in late.end.error.message and "try again" in late.end.error.message
+    assert late.spent == Spent(prompt_tokens=3, queue_s=12.5)
+    assert running.end is None, "it has begun, so it goes on"
+    assert bench.engine.stats().waiting == 2
+    bench.run()
+    assert len(running.tokens()) == 20
+    assert isinstance(in_time.end, Finished)
+    assert isinstance(patient.end, Finished), "without a deadline there is none to miss"
+
+
+def test_one_that_began_and_was_preempted_has_met_its_deadline() -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock, blocks=8, max_running=3)
+    answers = [bench.ask(str(i), [i] * 14, max_tokens=30, deadline=1.0) for i in range(2)]
+    while bench.engine.stats().preemptions == 0:
+        bench.step()
+    clock.now = 100.0
+    bench.run()
+    assert [len(answer.tokens()) for answer in answers] == [30, 30]
+
+
+def test_the_earliest_deadline_begins_first() -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock, max_running=1)
+    bench.ask("running", [1] * 3, max_tokens=2)
+    bench.step()
+    for name, deadline in (("none", None), ("far", float("inf")), ("near", 7.0), ("nearer", 5.0), ("also", 7.0)):
+        bench.ask(name, [2] * 3, max_tokens=2, deadline=deadline)
+    order: list[str] = []
+    while bench.engine.has_work:
+        bench.step()
+        order += [name for name, answer in bench.answers.items() if answer.started and name not in order]
+    assert order == ["running", "nearer", "near", "also", "none", "far"]
+
+
+def test_a_stream_of_urgent_requests_does_not_starve_a_patient_one() -> None:
+    clock = ManualClock()
+    bench = Bench(clock=clock, max_running=1)
+    patient = bench.ask("patient", [1] * 3, max_tokens=2)
+    for count in range(100):
+        bench.ask(f"urgent-{count}", [2] * 3, max_tokens=2, deadline=clock.now + 10.0)
+        clock.now += 2.0
+        bench.step()
+        if patient.started is not None:
+            break
+    assert patient.started is not None
+    assert clock.now == pytest.approx(PATIENCE_S, abs=12.0)
+
+
+def test_a_short_step_takes_a_part_of_the_prompt() -> None:
+    bench = Bench(max_running=4, max_step_tokens=64)
+    prompt = list(range(50))
+    answer = bench.ask("long", prompt)
+    bench.take(bench.engine.step(max_tokens=20))
+    bench.take(bench.engine.step(max_tokens=20))
+    assert not answer.deltas
+    bench.take(bench.engine.step(max_tokens=20))
+    assert len(answer.deltas) == 1
+    bench.run()
+    assert answer.tokens() == solo(tiny_model(), prompt, 8)
 
 
 def test_an_adapter_that_ends_while_it_is_asked_for_again(tmp_path: Path) -> None:

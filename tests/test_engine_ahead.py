@@ -7,7 +7,7 @@ into one buffer that the next step overwrites, and a sampler that has chosen whe
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from serverlesslora.engine.engine import Engine
 from serverlesslora.engine.lora import Adapter
 from serverlesslora.engine.runner import Runner
 from serverlesslora.engine.sampler import UNUSABLE, Sampled, Sampler, SampleRow, is_adjusted
 from serverlesslora.engine.scheduler import Work
 from serverlesslora.engine.sequence import UNKNOWN
 from serverlesslora.engine.sequence import Sequence as Tokens
-from serverlesslora_ipc.messages import Failed, Finished
-from tests.fakes import VOCAB, tiny_model, write_adapter
+from serverlesslora_ipc.messages import Aborted, Failed, Finished
+from tests.fakes import VOCAB, ManualClock, tiny_model, write_adapter
 from tests.test_engine import BLOCK, Answer, Bench
 
 DAMAGED = 13  # requests of this seed meet logits that are not finite ...
@@ -62,6 +63,28 @@ class Graphs:
         self._output.fill_(torch.nan)
         self._output[: len(work)] = logits
         return self._output[: len(work)]
+
+
+class Busy:
+    """A device on which nothing but steps takes time, one after the other; it passes when a step is waited for."""
+
+    def __init__(self, engine: Engine, clock: ManualClock) -> None:
+        self._forward, self._collect = engine._runner._forward, engine._collect
+        self._clock = clock
+        self._launched: deque[float] = deque()
+        self.seconds = 0.0
+        engine._runner._forward = self.forward  # type: ignore[method-assign, assignment]
+        engine._collect = self.collect  # type: ignore[method-assign, assignment]
+
+    def forward(self, work: list[Work], *args: Any) -> Tensor:
+        cost_s = 1.0 + 0.125 * sum(item.num_tokens for item in work)
+        self._launched.append(cost_s)
+        self.seconds += cost_s
+        return self._forward(work, *args)
+
+    def collect(self, *args: Any) -> None:
+        self._clock.now += self._launched.popleft()
+        self._collect(*args)
 
 
 class Damaging(Sampler):
@@ -144,8 +167,10 @@ class Outcome(NamedTuple):
 
 
 def carry_out(plan: Plan, adapters: dict[str, Path], graphs_rng: random.Random | None) -> Outcome:
-    bench = Bench(blocks=8, max_running=3, max_step_tokens=24)
+    clock = ManualClock()
+    bench = Bench(blocks=8, max_running=3, max_step_tokens=24, clock=clock)
     engine = bench.engine
+    busy = Busy(engine, clock)
     engine._sampler = Damaging()
     graphs: Graphs | None = None
     if graphs_rng is not None:
@@ -162,10 +187,7 @@ def carry_out(plan: Plan, adapters: dict[str, Path], graphs_rng: random.Random |
             case Ask(name, prompt, adapter, options):
                 answers[name] = bench.ask(name, prompt, adapter, **options)
             case Do("abort", name):
-                if name in engine._requests:
-                    answers[name].take = silent  # type: ignore[method-assign]
-                engine.abort(name)
-                engine.check()
+                bench.abort(name)
             case Do("unload", name):
                 engine.unload_adapter(name)
             case Do("load", name):
@@ -174,12 +196,14 @@ def carry_out(plan: Plan, adapters: dict[str, Path], graphs_rng: random.Random |
         step(bench)
     stats = engine.stats()
     assert stats.kv_used_blocks == stats.running == stats.waiting == 0
+    assert sum(answer.spent.device_s for answer in answers.values()) == pytest.approx(stats.busy_s)
+    assert stats.busy_s == pytest.approx(busy.seconds), "every second of the device, and no other"
+    for answer in answers.values():
+        counted = sum(len(delta.token_ids) for delta in answer.deltas)
+        assert answer.spent.completion_tokens == counted
+        assert (answer.spent.first_token_s > 0) == (counted > 0)
     engine.close()
     return Outcome(answers, stats.preemptions, graphs.num_ahead if graphs else 0)
-
-
-def silent(message: Any) -> None:
-    raise AssertionError(f"{message} after the abort")
 
 
 def step(bench: Bench) -> None:
@@ -240,7 +264,7 @@ def test_launching_ahead_changes_nothing_for_anybody(adapters: dict[str, Path]) 
                     count = min(len(one[index]), len(other[index]))
                     assert one[index][:count] == other[index][:count], (seed, name)
             if name in aborted:
-                seen["aborted"] += answer.end is None
+                seen["aborted"] += isinstance(answer.end, Aborted)
                 continue
             if "error" in ours or "error" in expected:
                 assert ours.get("error") == expected.get("error"), (seed, name)

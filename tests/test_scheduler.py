@@ -25,8 +25,10 @@ class GoldSequence:
     name: int
     adapter: str
     tokens: int
+    due: int = 0
     computed: int = 0
     running: bool = False
+    begun: bool = False
 
     @property
     def blocks(self) -> int:
@@ -47,9 +49,15 @@ class GoldScheduler:
     def running(self) -> list[GoldSequence]:
         return sorted((s for s in self.all if s.running), key=lambda s: s.name)
 
-    def schedule(self) -> list[tuple[int, int, int]]:
+    def waiting(self) -> list[GoldSequence]:
+        again = sorted((s for s in self.all if s.begun and not s.running), key=lambda s: s.name)
+        return again + sorted((s for s in self.all if not s.begun), key=lambda s: (s.due, s.name))
+
+    def schedule(self, limit: int | None) -> list[tuple[int, int, int]]:
         work: list[tuple[str, int, int, int]] = []
         left, preempted = self.budget, False
+        if limit is not None:
+            left = min(left, max(limit, self.max_running))
         for s in self.running():
             if not s.running or s.tokens - s.computed != 1:
                 continue
@@ -66,12 +74,12 @@ class GoldScheduler:
                 take = min(left, s.tokens - s.computed)
                 work.append((s.adapter, s.name, s.computed, s.computed + take))
                 left -= take
-        for s in sorted((s for s in self.all if not s.running), key=lambda s: s.name):
+        for s in self.waiting():
             if preempted or not left or len(self.running()) == self.max_running:
                 break
             if s.blocks + len(self.running()) > self.free():
                 break
-            s.running, self.held[s.name] = True, s.blocks
+            s.running, s.begun, self.held[s.name] = True, True, s.blocks
             take = min(left, s.tokens)
             work.append((s.adapter, s.name, 0, take))
             left -= take
@@ -95,20 +103,24 @@ def test_equals_gold_model(seed: int) -> None:
     sequences: dict[int, Sequence] = {}
     lengths: dict[int, int] = {}
     ended = 0
-    for step in range(600):
+    for step in range(800):
         if rng.random() < 0.3 and step < 400:
             prompt, output = rng.randint(1, 16), rng.randint(1, 12)
-            sequence = Sequence(step, rng.choice(["", "a", "b"]), [0] * prompt, prompt)
+            due = step + rng.choice([0, 10, 60])
+            sequence = Sequence(step, rng.choice(["", "a", "b"]), [0] * prompt, prompt, due=due)
             sequences[step], lengths[step] = sequence, prompt + output
             scheduler.add(sequence)
-            gold.all.append(GoldSequence(step, sequence.adapter, prompt))
+            gold.all.append(GoldSequence(step, sequence.adapter, prompt, due))
         if rng.random() < 0.05 and sequences:  # an abort, running or waiting
             name = rng.choice(list(sequences))
             scheduler.remove(sequences.pop(name))
             gold.remove(name)
-        work = scheduler.schedule()
+        late = [s for s in gold.all if not s.begun and s.due < step]
+        assert {s.sequence_id for s in scheduler.overdue(step)} == {s.name for s in late}
+        limit = rng.choice([None, None, 1, 12])
+        work = scheduler.schedule(limit)
         scheduler.check()
-        assert [(item.sequence.sequence_id, item.start, item.end) for item in work] == gold.schedule()
+        assert [(item.sequence.sequence_id, item.start, item.end) for item in work] == gold.schedule(limit)
         assert {s.sequence_id for s in scheduler.running} == set(gold.held)
         scheduler.commit(work)
         for item in work:
@@ -125,6 +137,35 @@ def test_equals_gold_model(seed: int) -> None:
     assert not sequences, "starved"
     assert blocks.num_free == num_blocks
     assert ended > 30
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_oldest_is_never_preempted_and_everybody_ends_though_newer_ones_are_more_urgent(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = Scheduler(BlockManager(10, SIZE, prefix_cache=False), max_running=6, max_step_tokens=16)
+    lengths: dict[Sequence, int] = {}
+    ended: set[Sequence] = set()
+    for step in range(3000):
+        if step < 300 and rng.random() < 0.5:
+            prompt = rng.randint(1, 12)
+            sequence = Sequence(step, "", [0] * prompt, prompt, due=step + rng.choice([0.0, 1.0, 200.0]))
+            lengths[sequence] = prompt + rng.randint(1, 20)
+            scheduler.add(sequence)
+        oldest = scheduler.running[0] if scheduler.running else None
+        work = scheduler.schedule()
+        assert oldest is None or oldest in [item.sequence for item in work]
+        scheduler.check()
+        scheduler.commit(work)
+        for item in work:
+            if item.samples:
+                item.sequence.token_ids.append(1)
+                if item.sequence.num_tokens >= lengths[item.sequence]:
+                    scheduler.remove(item.sequence)
+                    ended.add(item.sequence)
+        if step > 300 and not scheduler.running and not scheduler.waiting:
+            break
+    assert ended == set(lengths)
+    assert scheduler.num_preemptions > 0
 
 
 def drive(scheduler: Scheduler, lengths: dict[Sequence, int], *, steps: int = 2000) -> list[Sequence]:

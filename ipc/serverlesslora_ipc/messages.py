@@ -88,9 +88,13 @@ class Generate(Message, frozen=True):
     sampling: SamplingParams
     n: int = 1
     echo: bool = False  # send the prompt back (as PromptEcho) before the output
+    # Of CLOCK_MONOTONIC, which all processes of a host share, seconds: a request that has not begun by then fails.
+    deadline: float | None = None
 
 
 class Abort(Message, frozen=True):
+    """Answered by Aborted, unless the request has ended already: then its end is on the way."""
+
     request_id: str
 
 
@@ -105,12 +109,19 @@ GatewayToWorker = LoadAdapter | UnloadAdapter | Generate | Abort | Shutdown
 
 
 class Ready(Message, frozen=True):
-    """First message of a worker: it has mapped the backbone and can serve."""
+    """First message of a worker: it has the backbone and can serve.
+
+    What its start took is told in parts that do not overlap; what was done before anybody asked for it counts nothing.
+    """
 
     pid: int
-    attach_s: float
+    attach_s: float  # seconds for everything the parts below do not name
     device: str = "cpu"  # its kind, and its name where it has one
     graphs: str = ""  # on a device: whether decode steps are replayed as graphs, and why not
+    libraries_s: float = 0.0  # a process without a launcher: from its start until everything was imported
+    load_s: float = 0.0  # its own copy of the backbone, from disk
+    copy_s: float = 0.0  # its own copy of the backbone, from memory
+    was_spare: bool = False  # it had rehearsed before it was given its domain
 
 
 class Loaded(Message, frozen=True):
@@ -164,6 +175,20 @@ class Delta(Message, frozen=True):
     stop_reason: str | int | None = None  # which stop string or token id ended it
 
 
+# Every request a worker was given ends in exactly one of Finished, Failed and Aborted, and each says what it has cost.
+
+
+class Spent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request has cost until its end. The `device_s` of all requests of a worker add up to its `busy_s`."""
+
+    prompt_tokens: int = 0  # 0: it was refused before its prompt was known
+    completion_tokens: int = 0  # that were produced, also where nobody got to read them
+    cached_tokens: int = 0
+    queue_s: float = 0.0  # until its prefill began, or until its end if it never did
+    device_s: float = 0.0  # its share of the steps it had rows in
+    first_token_s: float = 0.0  # from its arrival in the worker to its first token; 0: there was none
+
+
 class Finished(Message, frozen=True):
     """All choices have ended; nothing more will be said about this request."""
 
@@ -173,6 +198,18 @@ class Finished(Message, frozen=True):
     cached_tokens: int = 0
     queue_s: float = 0.0
     device_s: float = 0.0  # this request's share of the steps it took part in
+    first_token_s: float = 0.0
+
+    @property
+    def spent(self) -> Spent:
+        return Spent(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            queue_s=self.queue_s,
+            device_s=self.device_s,
+            first_token_s=self.first_token_s,
+        )
 
 
 class WireError(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -188,6 +225,25 @@ class WireError(msgspec.Struct, frozen=True, omit_defaults=True):
 class Failed(Message, frozen=True):
     request_id: str
     error: WireError
+    spent: Spent = Spent()
+
+
+class Aborted(Message, frozen=True):
+    """The answer to Abort for a request that was open."""
+
+    request_id: str
+    spent: Spent = Spent()
+
+
+class StepSums(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Sums over steps of one kind, from which T = a + b·x can be fitted by least squares; differences of two of
+    them are the sums of the steps between."""
+
+    n: int = 0
+    sum_x: float = 0.0  # x: rows, or prompt tokens
+    sum_xx: float = 0.0
+    sum_t: float = 0.0  # t: seconds
+    sum_xt: float = 0.0
 
 
 class Stats(Message, frozen=True):
@@ -204,9 +260,13 @@ class Stats(Message, frozen=True):
     preemptions: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    decode: StepSums = StepSums()  # steps in which every sequence had one row; x = rows
+    prefill: StepSums = StepSums()  # steps of one prefilling sequence and nothing else; x = prompt tokens computed
+    lease_wait_s: float = 0.0  # for turns on the device, while there was work
+    kv_bytes: int = 0  # memory behind keys and values: what was ever written to on cpu, what is mapped on a device
 
 
-WorkerToGateway = Ready | Loaded | Refused | Started | PromptEcho | Delta | Finished | Failed | Stats
+WorkerToGateway = Ready | Loaded | Refused | Started | PromptEcho | Delta | Finished | Failed | Aborted | Stats
 
 
 # --- gateway <-> backbone host -----------------------------------------------------------------------------------
@@ -241,6 +301,7 @@ class Published(Message, frozen=True):
     seconds: float
     sharing: Sharing = "memfd"
     handle: bytes = b""
+    libraries_s: float = 0.0  # of `seconds`: importing what loads
 
 
 class BackboneFailed(Message, frozen=True):
@@ -272,10 +333,14 @@ HostToGateway = Progress | Published | BackboneFailed | Verified
 
 
 class Prepared(Message, frozen=True):
-    seconds: float
+    """The backbone is there and can be served, in the launcher or in a process that becomes a worker by itself."""
+
+    seconds: float  # since Prepare
     context_length: int
     vocab_size: int
     kv_bytes_per_token: int = 0
+    libraries_s: float = 0.0  # before Prepare: from the start of the process until everything was imported
+    size_bytes: int = 0  # of the backbone
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -289,7 +354,10 @@ class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Prepare(Message, frozen=True):
-    """Map this backbone and build its module tree; the weights fd and the manifest fd travel with the frame."""
+    """Map this backbone and build its module tree; the weights fd and the manifest fd travel with the frame.
+
+    To a process that loads a backbone of its own it comes without them.
+    """
 
     backbone: str
     num_spares: int = 0  # workers kept forked and rehearsed before anybody asks for one
@@ -299,7 +367,7 @@ class Prepare(Message, frozen=True):
 
 
 class Fork(Message, frozen=True):
-    """Make a worker; its channel to the gateway travels with the frame."""
+    """Make a worker, or become it; its channel to the gateway travels with the frame."""
 
     worker_id: str
     domain: str

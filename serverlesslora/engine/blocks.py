@@ -56,6 +56,7 @@ class BlockManager:
         self._resident: set[int] = set()  # chunks
         self._blank: list[list[int]] = [[] for _ in range(self.num_chunks)]  # of each chunk, last freed last
         self._num_blank = 0
+        self.num_touched = 0  # blocks below this have been used; the lowest of those never used is always taken first
         self._with_blank: list[int] = []  # heap of the chunks that have blank blocks
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently freed first
         if blocks_per_chunk is None and num_blocks:
@@ -208,6 +209,7 @@ class BlockManager:
             block, _ = self._idle.popitem(last=False)
             self._unpublish(block)
         self._references[block] = 1
+        self.num_touched = max(self.num_touched, block + 1)
         return block
 
     def _unpublish(self, block: int) -> None:

@@ -5,11 +5,13 @@ sampler chooses, and each request turns its tokens into messages.
 
 A step is launched, then collected. Where decode steps are graphs and tokens are chosen on the device, the next step is
 launched before the last one is collected: its tokens go from one to the other on the device, while the host turns the
-tokens of the step before into text. A sequence that turns out to have ended has one row computed for nothing.
+tokens of the step before into text. A sequence that turns out to have ended has one row computed for nothing, which its
+request pays for: a request's end is told when the last step it has rows in is over. Its blocks are free at once.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import secrets
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from serverlesslora.engine.account import Account
 from serverlesslora.engine.adapters import AdapterRead, AdapterTable
 from serverlesslora.engine.blocks import BlockManager
 from serverlesslora.engine.device import Choosing, Device
@@ -39,7 +42,9 @@ from serverlesslora.errors import (
     Unavailable,
 )
 from serverlesslora_ipc.messages import (
+    Aborted,
     Failed,
+    Finished,
     Generate,
     LoadAdapter,
     Loaded,
@@ -59,6 +64,13 @@ log = logging.getLogger("serverlesslora.engine")
 
 class NonFiniteLogits(ServerlessLoraError):
     code = "nan_logits"
+
+
+class DeadlineExceeded(Unavailable):
+    code = "deadline_exceeded"
+
+
+End = Callable[[], Finished | Failed | Aborted]
 
 
 class _Launched(NamedTuple):
@@ -123,9 +135,9 @@ class Engine:
         self._request_of: dict[Sequence, Request] = {}
         self._outbox: list[WorkerToGateway] = []
         self._sequence_ids = itertools.count()
-        self._num_steps = 0
-        self._busy_s = 0.0
+        self._account = Account()
         self._ahead: _Launched | None = None
+        self._ending: list[tuple[Request, End]] = []  # ended, but with rows in the step on its way
         self._collected_at = float("-inf")
         self._starving: _Starving | None = None
 
@@ -149,6 +161,13 @@ class Engine:
         """What decode steps run on, for people."""
         return "none on this device" if self._runner.graphs is None else self._runner.graphs.state
 
+    def start_counting(self) -> None:
+        """What was computed so far was a rehearsal that nobody asked for."""
+        assert not self.has_work
+        self._account = Account()
+        self._scheduler.num_preemptions = 0
+        self._scheduler.num_prefix_hit = self._scheduler.num_prefix_query = 0
+
     def close(self) -> None:
         """Leave the model to another engine; nothing may be running."""
         assert not self._requests
@@ -159,7 +178,20 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """A step would change something."""
         return bool(self._requests or self._outbox)
+
+    def drain(self) -> list[WorkerToGateway]:
+        """What can be said without computing: refusals, the ends of aborted requests and of those that are too late."""
+        if self._scheduler.waiting:
+            now = self._clock()
+            late = (self._request_of[sequence] for sequence in self._scheduler.overdue(now))
+            for request in dict.fromkeys(late):
+                if request.is_late(now):
+                    self._fail(request, DeadlineExceeded(_LATE.format(now - request.submitted_at)))
+        self._tell_ends(self._outbox)
+        out, self._outbox = self._outbox, []
+        return out
 
     def submit(self, message: Generate) -> None:
         """Accept the request; what is wrong with it is told by the next step, as Failed."""
@@ -171,7 +203,8 @@ class Engine:
             return
         if not request.choices:  # nothing to compute
             started = request.start(request.submitted_at)
-            self._outbox += [started, *request.echo(), *request.end_without_output(), request.finish()]
+            request.ended_at = request.submitted_at
+            self._outbox += [started, *request.echo(), *request.end_without_output(), request.finished()]
             return
         self._requests[message.request_id] = request
         if request.adapter:
@@ -181,12 +214,12 @@ class Engine:
             self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Free at once whatever the request holds; an unknown one has ended already."""
+        """Free at once whatever the request holds; an unknown one has ended already. `drain` or a step says Aborted."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._drop(request)
-        if not self._requests:  # nobody wants the step on its way, and its time ends here
-            self._ahead = None
+            self._drop(request, request.aborted)
+            self._settle(self._outbox)
+        if not self._requests:
             self._starving = None
 
     def load_adapter(self, message: LoadAdapter) -> Loaded | Refused:
@@ -215,12 +248,22 @@ class Engine:
             kv_total_blocks=self._blocks.num_blocks,
             adapters=self._adapters.digests,
             adapter_bytes=self._adapters.size_bytes,
-            steps=self._num_steps,
-            busy_s=self._busy_s,
+            steps=self._account.num_steps,
+            busy_s=self._account.busy_s,
             preemptions=self._scheduler.num_preemptions,
             prefix_hit_tokens=self._scheduler.num_prefix_hit,
             prefix_query_tokens=self._scheduler.num_prefix_query,
+            decode=self._account.decode.to_wire(),
+            prefill=self._account.prefill.to_wire(),
+            kv_bytes=self._kv_bytes,
         )
+
+    @property
+    def _kv_bytes(self) -> int:
+        kv = self._runner.kv
+        if kv.elastic is not None:
+            return kv.size_bytes
+        return kv.size_bytes // kv.num_blocks * self._blocks.num_touched  # pages nobody wrote to take no memory
 
     @property
     def is_starved(self) -> bool:
@@ -242,22 +285,23 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def step(self) -> list[WorkerToGateway]:
-        out, self._outbox = self._outbox, []
+    def step(self, max_tokens: int | None = None) -> list[WorkerToGateway]:
+        """`max_tokens`: others wait for the device, so no long prompt may hold it; see `Scheduler.schedule`."""
+        out = self.drain()
         launched, self._ahead = self._ahead, None
         if launched is None:
-            launched = self._launch(out)
+            launched = self._launch(out, max_tokens)
         if launched is None:
-            self._starve(out)
-            return out
-        following = self._launch_after(launched)
-        self._collect(launched, out)
-        self._ahead = following if self._requests else None
+            self._starve()
+        else:
+            self._ahead = self._launch_after(launched)
+            self._collect(launched, out)
+        self._settle(out)
         return out
 
-    def _starve(self, out: list[WorkerToGateway]) -> None:
+    def _starve(self) -> None:
         """Nothing can be computed: nothing waits, or what waits gets no memory. The oldest is told in the end."""
-        oldest = next(iter(self._scheduler.waiting), None)
+        oldest = min(self._scheduler.waiting, key=lambda sequence: sequence.sequence_id, default=None)
         if oldest is None:
             self._starving = None
             return
@@ -269,35 +313,35 @@ class Engine:
             log.warning("no memory for a request in %.0f s: %s", STARVED_S, reason)
             error = Unavailable("the device's memory is taken by other functions; try again", retry_after_s=5)
             self._starving = None
-            self._fail(self._request_of[oldest], error, out)
+            self._fail(self._request_of[oldest], error)
 
-    def _launch(self, out: list[WorkerToGateway]) -> _Launched | None:
+    def _launch(self, out: list[WorkerToGateway], max_tokens: int | None) -> _Launched | None:
         started = self._clock()
-        work = self._scheduler.schedule()
+        work = self._scheduler.schedule(max_tokens)
         if not work:
             return None
         self._starving = None
         owners = [self._request_of[item.sequence] for item in work]
         new = [request for request in dict.fromkeys(owners) if request.started_at is None]
         out += [request.start(started) for request in new]
-        result = self._run(work, owners, out)
-        if result is None:
+        result = self._run(work)
+        if result is None:  # its requests end, no others
+            self._account.charge(work, owners, self._clock() - started)
+            error = Unavailable("the device has no memory for this step; try again", retry_after_s=5)
+            for request in dict.fromkeys(owners):
+                self._fail(request, error)
             return None
         rows = [self._request_of[sequence].sample_row(sequence) for sequence in result.sampling]
         return _Launched(work, owners, result, self._sampler.begin(result.logits, rows), started)
 
-    def _run(self, work: list[Work], owners: list[Request], out: list[WorkerToGateway]) -> StepOutput | None:
-        """A step that finds no memory, even after what torch keeps was given back, ends its own requests only."""
-        for is_last_try in (False, True):
+    def _run(self, work: list[Work]) -> StepOutput | None:
+        """None: it found no memory, even after what torch keeps was given back."""
+        for _ in range(2):
             try:
                 return self._runner.run(work, self._adapters.by_digest)
             except torch.OutOfMemoryError as problem:
                 log.warning("a step of %d sequences found no memory: %s", len(work), problem)
                 self._runner.release_cached()
-                if is_last_try:
-                    error = Unavailable("the device has no memory for this step; try again", retry_after_s=5)
-                    for request in dict.fromkeys(owners):
-                        self._fail(request, error, out)
         return None
 
     def _launch_after(self, last: _Launched) -> _Launched | None:
@@ -325,17 +369,21 @@ class Engine:
         # Who was aborted since the launch is not there any more.
         requests = [request for request in dict.fromkeys(owners) if self._is_open(request)]
         self._scheduler.commit([item for item in work if item.sequence in self._request_of])
-        self._score(result.scoring, out)
+        self._score(result.scoring)
         for request in requests:
             out += request.echo()
         places = {item.sequence: item.end for item in work}
         self._advance(result.sampling, [places[sequence] for sequence in result.sampling], choice.wait(), out)
         self._end_scored(work, out)
-        self._account(work, owners, started)
+        # Time is counted once: a step that was launched early begins where the one before it ended.
+        now = self._clock()
+        elapsed = now - max(started, self._collected_at)
+        self._collected_at = now
+        self._account.charge(work, owners, elapsed)
+        self._account.observe(work, elapsed)
         for request in requests:
             if request.has_ended and self._is_open(request):
-                out.append(request.finish())
-                self._drop(request)
+                self._drop(request, request.finished)
 
     def _is_open(self, request: Request) -> bool:
         return self._requests.get(request.message.request_id) is request
@@ -348,7 +396,7 @@ class Engine:
                 out += request.end_without_output()
                 self._end(item.sequence)
 
-    def _score(self, scoring: list[PromptLogits], out: list[WorkerToGateway]) -> None:
+    def _score(self, scoring: list[PromptLogits]) -> None:
         for sequence, first, logits in scoring:
             request = self._request_of[sequence]
             for begin in range(0, logits.shape[0], _SCORE_ROWS):
@@ -356,7 +404,7 @@ class Engine:
                 targets = sequence.token_ids[first + begin : first + begin + part.shape[0]]
                 scored = self._sampler.score(part, targets, request.message.sampling.prompt_logprobs or 0)
                 if not all(entry.ok for entry in scored):
-                    self._fail(request, NonFiniteLogits(_NAN), out)
+                    self._fail(request, NonFiniteLogits(_NAN))
                     break
                 request.prompt_scores += scored
 
@@ -364,29 +412,19 @@ class Engine:
         self, sequences: list[Sequence], places: list[int], sampled: list[Sampled], out: list[WorkerToGateway]
     ) -> None:
         """Give each sequence its token, at the place behind the last one that was computed."""
+        now = self._clock()
         for sequence, place, token in zip(sequences, places, sampled, strict=True):
             request = self._request_of.get(sequence)
             if request is None:
                 continue  # aborted, or it failed while it was scored, or another choice of it has failed here
             if not token.ok:
-                self._fail(request, NonFiniteLogits(_NAN), out)
+                self._fail(request, NonFiniteLogits(_NAN))
                 continue
             sequence.token_ids[place:] = [token.token_id]
-            delta = request.advance(sequence, token)
+            delta = request.advance(sequence, token, now)
             out.append(delta)
             if delta.finish_reason is not None:
                 self._end(sequence)
-
-    def _account(self, work: list[Work], owners: list[Request], started: float) -> None:
-        """Time is counted once: a step that was launched early begins where the one before it ended."""
-        now = self._clock()
-        elapsed = now - max(started, self._collected_at)
-        self._collected_at = now
-        self._num_steps += 1
-        self._busy_s += elapsed
-        per_token = elapsed / sum(item.num_tokens for item in work)
-        for item, request in zip(work, owners, strict=True):
-            request.device_s += per_token * item.num_tokens
 
     # --- beginning and end of a request -------------------------------------------------------------------------
 
@@ -420,21 +458,35 @@ class Engine:
             " shorten the prompt or lower max_tokens"
         )
 
-    def _fail(self, request: Request, error: ServerlessLoraError, out: list[WorkerToGateway]) -> None:
-        out.append(Failed(request.message.request_id, error.to_wire()))
-        self._drop(request, forget=True)
+    def _fail(self, request: Request, error: ServerlessLoraError) -> None:
+        self._drop(request, functools.partial(request.failed, error), forget=True)
 
     def _end(self, sequence: Sequence, *, forget: bool = False) -> None:
         self._scheduler.remove(sequence, forget=forget)
         del self._request_of[sequence]
 
-    def _drop(self, request: Request, *, forget: bool = False) -> None:
+    def _drop(self, request: Request, end: End, *, forget: bool = False) -> None:
+        """Whatever it holds is free; `end` is told when it has been charged for all of its steps."""
+        request.ended_at = self._clock()
+        self._ending.append((request, end))
         for sequence in request.choices:
             if sequence.state is not SequenceState.ENDED:
                 self._end(sequence, forget=forget)
         del self._requests[request.message.request_id]
         if request.adapter:
             self._adapters.release(request.adapter)
+
+    def _settle(self, out: list[WorkerToGateway]) -> None:
+        """Tell ends. With nobody left the step on its way is waited for now: it must not be billed for a pause."""
+        if self._ahead is not None and not self._requests:
+            launched, self._ahead = self._ahead, None
+            self._collect(launched, out)
+        self._tell_ends(out)
+
+    def _tell_ends(self, out: list[WorkerToGateway]) -> None:
+        on_its_way = set(self._ahead.owners) if self._ahead is not None else set()
+        out += [end() for request, end in self._ending if request not in on_its_way]
+        self._ending = [entry for entry in self._ending if entry[0] in on_its_way]
 
     def check(self) -> None:
         """Assert the invariants of every part; for tests."""
@@ -443,7 +495,14 @@ class Engine:
         assert set(queued) == set(self._request_of)
         for request in self._requests.values():
             assert not request.has_ended
+        owners = [] if self._ahead is None else self._ahead.owners
+        assert all(request in owners for request, _ in self._ending)
+        assert self._requests or self._ahead is None
         self._adapters.check([request.adapter for request in self._requests.values()])
 
 
+_LATE = (
+    "the request waited for {:.1f} s and did not begin before its deadline; the function is busy: try again in a few "
+    "seconds"
+)
 _NAN = "the model produced numbers that are not finite for this request; its adapter or the backbone is damaged"

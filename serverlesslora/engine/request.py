@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from serverlesslora.engine.detokenize import Detokenizer
 from serverlesslora.engine.logprobs import token_logprob
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.sampler import Sampled, SampleRow, choice_seed
 from serverlesslora.engine.sequence import Sequence, SequenceState
 from serverlesslora.engine.stopping import Stopping
-from serverlesslora_ipc.messages import Delta, Finished, Generate, PromptEcho, Started, TextPrompt
+from serverlesslora.errors import ServerlessLoraError
+from serverlesslora_ipc.messages import (
+    Aborted,
+    Delta,
+    Failed,
+    Finished,
+    Generate,
+    PromptEcho,
+    Spent,
+    Started,
+    TextPrompt,
+)
+
+PATIENCE_S = 60.0  # a request without a deadline, or with a later one, is admitted as if it had to begin within so long
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +46,10 @@ class Request:
     max_tokens: int  # resolved: what was asked for, or what the context has room for
     submitted_at: float
     started_at: float | None = None
-    device_s: float = 0.0
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    device_s: float = 0.0  # account: what it was charged so far
+    num_output: int = 0  # tokens of all choices
     prompt_scores: list[Sampled] = field(default_factory=list)  # of the second prompt token and those behind it
     choices: dict[Sequence, Choice] = field(default_factory=dict)
     num_cached: int = 0
@@ -40,6 +58,16 @@ class Request:
     @property
     def adapter(self) -> str:
         return self.message.adapter or ""
+
+    @property
+    def due(self) -> float:
+        """When it should have begun; soon for all, so that a stream of urgent ones does not hold up the others."""
+        patience = self.submitted_at + PATIENCE_S
+        return patience if self.message.deadline is None else min(patience, self.message.deadline)
+
+    def is_late(self, now: float) -> bool:
+        """It was not begun before its deadline, so whoever asked has given it up. One that has begun goes on."""
+        return self.started_at is None and self.message.deadline is not None and self.message.deadline < now
 
     @property
     def scores_prompt(self) -> bool:
@@ -65,6 +93,7 @@ class Request:
                 follows=first,
                 samples=samples,
                 scores_prompt=self.scores_prompt and first is None,
+                due=self.due,
             )
             self.choices[sequence] = self._choice(index, sequence)
             first = first or sequence
@@ -100,9 +129,12 @@ class Request:
             banned=choice.stopping.banned,
         )
 
-    def advance(self, sequence: Sequence, sampled: Sampled) -> Delta:
+    def advance(self, sequence: Sequence, sampled: Sampled, now: float) -> Delta:
         """What the token that was just sampled means for the client."""
         choice = self.choices[sequence]
+        self.num_output += 1
+        if self.first_token_at is None:
+            self.first_token_at = now
         piece = choice.detokenizer.push(sampled.token_id)
         outcome = choice.stopping.push(sampled.token_id, piece, choice.detokenizer.flush)
         logprobs = None
@@ -140,13 +172,25 @@ class Request:
     def end_without_output(self) -> list[Delta]:
         return [Delta(self.message.request_id, index, "", finish_reason="length") for index in range(self.message.n)]
 
-    def finish(self) -> Finished:
-        assert self.started_at is not None
-        return Finished(
-            self.message.request_id,
+    # --- its end, told once everything it is charged for is known ------------------------------------------------
+
+    def finished(self) -> Finished:
+        return Finished(self.message.request_id, **msgspec.structs.asdict(self._spent()))
+
+    def failed(self, error: ServerlessLoraError) -> Failed:
+        return Failed(self.message.request_id, error.to_wire(), self._spent())
+
+    def aborted(self) -> Aborted:
+        return Aborted(self.message.request_id, self._spent())
+
+    def _spent(self) -> Spent:
+        assert self.ended_at is not None
+        began = self.ended_at if self.started_at is None else self.started_at
+        return Spent(
             prompt_tokens=len(self.prompt_ids),
-            completion_tokens=sum(sequence.num_output for sequence in self.choices),
+            completion_tokens=self.num_output,
             cached_tokens=self.num_cached,
-            queue_s=self.started_at - self.submitted_at,
+            queue_s=began - self.submitted_at,
             device_s=self.device_s,
+            first_token_s=0.0 if self.first_token_at is None else self.first_token_at - self.submitted_at,
         )

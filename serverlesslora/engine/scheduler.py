@@ -1,14 +1,20 @@
-"""What the next step computes: continuous batching with chunked prefill, first come first served.
+"""What the next step computes: continuous batching with chunked prefill, admission by earliest due time.
 
-Running sequences go first, decoding before prefilling, oldest first; then waiting ones are admitted. When blocks run
-out the newest running sequence is preempted: it gives up its blocks, keeps its tokens and is computed again later.
-The oldest can thus always proceed, which is why nobody starves. Where more blocks can be had from outside, they are
-asked for before anybody is preempted or left waiting. Pure: no tensors, no clock.
+Running sequences go first, decoding before prefilling, oldest first; then waiting ones are admitted: those that were
+preempted, oldest first, then those that have not begun, earliest due first. When blocks run out the running sequence
+that arrived last is preempted: it gives up its blocks, keeps its tokens and is computed again later. Where more blocks
+can be had from outside, they are asked for before anybody is preempted or left waiting. Pure: no tensors, no clock.
+
+Nobody starves. Of those running, the one that arrived first is never preempted for another, so somebody always gets
+to the end. One that has begun gives way only to those that arrived before it, which are finitely many. One that has
+not begun is overtaken only by those due before it, finitely many too as long as a due time is at most so far ahead of
+the arrival. Nobody is passed over for want of blocks: admission stops at the first that does not fit.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,14 +54,14 @@ class Scheduler:
         self._max_running = max_running
         # Every running sequence must be able to decode, or the newest would never get a turn.
         self._max_step_tokens = max(max_step_tokens, max_running)
-        self.waiting: list[Sequence] = []  # both in order of arrival
-        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in order of admission
+        self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
         self.num_prefix_hit = 0  # tokens, over all first admissions
         self.num_prefix_query = 0
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_arrival)
+        bisect.insort(self.waiting, sequence, key=_admission)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """The sequence has ended, for whatever reason; its blocks are free at once."""
@@ -63,10 +69,20 @@ class Scheduler:
         sequence.state = SequenceState.ENDED
         self._blocks.release(sequence, forget=forget)
 
-    def schedule(self) -> list[Work]:
-        """The work of one step, at most one entry per sequence; entries of one adapter are neighbours."""
+    def overdue(self, now: float) -> list[Sequence]:
+        """Those that should have begun before now and have not."""
+        waiting = itertools.dropwhile(lambda sequence: sequence.has_begun, self.waiting)
+        return list(itertools.takewhile(lambda sequence: sequence.due < now, waiting))
+
+    def schedule(self, max_tokens: int | None = None) -> list[Work]:
+        """The work of one step, at most one entry per sequence; entries of one adapter are neighbours.
+
+        `max_tokens` makes this step shorter than others, but never so short that a sequence would get no turn.
+        """
         work: list[Work] = []
         budget = self._max_step_tokens
+        if max_tokens is not None:
+            budget = min(budget, max(max_tokens, self._max_running))
         preemptions_before = self.num_preemptions
         asked_for: Sequence | None = None  # once for each, whatever the answer was worth
 
@@ -137,9 +153,10 @@ class Scheduler:
     def check(self) -> None:
         self._blocks.check([*self.running, *self.waiting])
         assert len(self.running) <= self._max_running
-        for queue, state in ((self.running, SequenceState.RUNNING), (self.waiting, SequenceState.WAITING)):
-            assert all(sequence.state is state for sequence in queue)
-            assert queue == sorted(queue, key=_arrival)
+        assert all(sequence.state is SequenceState.RUNNING and sequence.has_begun for sequence in self.running)
+        assert all(sequence.state is SequenceState.WAITING for sequence in self.waiting)
+        assert self.running == sorted(self.running, key=_arrival)
+        assert self.waiting == sorted(self.waiting, key=_admission)
         assert not any(sequence.block_ids for sequence in self.waiting)
 
     def _chunk(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
@@ -163,6 +180,7 @@ class Scheduler:
             self.num_prefix_hit += sequence.num_cached
         self.waiting.remove(sequence)
         sequence.state = SequenceState.RUNNING
+        sequence.has_begun = True
         bisect.insort(self.running, sequence, key=_arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -175,3 +193,7 @@ class Scheduler:
 
 def _arrival(sequence: Sequence) -> int:
     return sequence.sequence_id
+
+
+def _admission(sequence: Sequence) -> tuple[bool, float, int]:
+    return not sequence.has_begun, 0.0 if sequence.has_begun else sequence.due, sequence.sequence_id

@@ -33,6 +33,8 @@ class Sequence:
     num_computed: int = 0  # scheduler: tokens whose keys and values are in the blocks
     num_cached: int = 0  # scheduler: how many of them the prefix cache gave at the last admission
     state: SequenceState = SequenceState.WAITING  # scheduler
+    has_begun: bool = False  # scheduler: it was admitted once; it may wait again since
+    due: float = 0.0  # whoever created it: when it should have begun, the order in which those who wait are admitted
     block_ids: array[int] = field(default_factory=lambda: array("i"))  # block manager; the kernels' plan copies it
     num_published: int = 0  # block manager: leading blocks whose keys were offered to the prefix cache
     chain: list[bytes] = field(default_factory=list)  # block manager: chained hashes of the full blocks

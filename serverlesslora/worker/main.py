@@ -2,6 +2,9 @@
 
 The main thread computes; a second thread only reads the channel, so that an abort or the gateway's death is seen
 while a step runs. When the channel ends the process ends: a worker never outlives its gateway.
+
+A turn on the device is one step, whatever is in it: a worker that only decodes and one with a long prompt take turns
+like for like. While others want the device a step takes few prompt tokens, so that all of them come round soon.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import msgspec
 import torch
 
 from serverlesslora.engine.adapters import AdapterRead
@@ -43,6 +48,10 @@ log = logging.getLogger("serverlesslora.worker")
 STATS_INTERVAL_S = 0.25
 REST_AFTER_S = 1.0  # a pause shorter than this is part of a conversation: its memory will be wanted again
 STARVED_PAUSE_S = 0.02  # between two attempts to get memory that other workers hold
+# Of one step while others wait for the device: few enough that their next tokens come soon, enough that reading the
+# weights once for all of them is still worth it.
+CONTENDED_STEP_TOKENS = 64
+LEASE_VARIABLE = "SERVERLESSLORA_LEASE"  # "off": no turns, to measure what they are worth (bench/lease.py)
 
 
 class Worker:
@@ -54,20 +63,31 @@ class Worker:
         self._lease = lease
         self._clock = clock
         self._inbox: queue.SimpleQueue[Sequence[GatewayToWorker | AdapterRead]] = queue.SimpleQueue()
+        self._arrived: deque[GatewayToWorker | AdapterRead] = deque()
         self._loading: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
         self._stats_sent_at = float("-inf")
         self._last_stats: Stats | None = None
+        self._lease_wait_s = 0.0
         self._leaving = False
 
     def main_loop(self) -> None:
         while not self._leaving:
             self._receive()
+            if said := self._engine.drain():  # nobody waits for a turn to hear of a refusal
+                self._channel.send(said)
             if self._engine.has_work:
-                with self._lease.turn():
-                    out = self._engine.step()
-                if out:
-                    self._channel.send(out)
+                self._step()
             self._report()
+
+    def _step(self) -> None:
+        with self._lease.turn() as waited_s:
+            self._lease_wait_s += waited_s
+            # Who came while the turn was waited for takes part; but reading an adapter may take long.
+            self._handle_arrived(until=LoadAdapter)
+            max_tokens = CONTENDED_STEP_TOKENS if self._lease.is_contended() else None
+            out = self._engine.step(max_tokens)
+        if out:
+            self._channel.send(out)
 
     def read(self) -> None:
         """The reader thread: it ends with the process."""
@@ -96,15 +116,12 @@ class Worker:
         """Take everything that has arrived; wait for something only when there is nothing to compute."""
         if not self._engine.has_work:
             self._report(final=True)
-            self._handle(self._rest())
+            if not self._arrived:
+                self._arrived.extend(self._rest())
         elif self._engine.is_starved:
             with contextlib.suppress(queue.Empty):
-                self._handle(self._inbox.get(timeout=STARVED_PAUSE_S))
-        while True:
-            try:
-                self._handle(self._inbox.get_nowait())
-            except queue.Empty:
-                return
+                self._arrived.extend(self._inbox.get(timeout=STARVED_PAUSE_S))
+        self._handle_arrived()
 
     def _rest(self) -> Sequence[GatewayToWorker | AdapterRead]:
         """What arrives next; while nothing does, memory goes back to the device step by step."""
@@ -117,9 +134,12 @@ class Worker:
             self._report(final=True)
         return self._inbox.get()
 
-    def _handle(self, messages: Sequence[GatewayToWorker | AdapterRead]) -> None:
-        for message in messages:
-            match message:
+    def _handle_arrived(self, *, until: type[LoadAdapter] | None = None) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._arrived.extend(self._inbox.get_nowait())
+        while self._arrived and (until is None or not isinstance(self._arrived[0], until)):
+            match message := self._arrived.popleft():
                 case Generate():
                     self._engine.submit(message)
                 case Abort():
@@ -143,10 +163,14 @@ class Worker:
         now = self._clock()
         if not final and now - self._stats_sent_at < STATS_INTERVAL_S:
             return
-        stats = self._engine.stats()
+        stats = msgspec.structs.replace(self._engine.stats(), lease_wait_s=self._lease_wait_s)
         if stats != self._last_stats:
             self._send(stats)
             self._last_stats, self._stats_sent_at = stats, now
+
+
+def open_lease(fd: int | None) -> DeviceLease:
+    return DeviceLease(None if os.environ.get(LEASE_VARIABLE) == "off" else fd)
 
 
 def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int | None = None) -> PreparedBackbone:
@@ -154,7 +178,7 @@ def rehearse(prepared: PreparedBackbone, limits: WorkerLimits, *, lease_fd: int 
     torch.set_num_threads(limits.threads)
     assert prepared.weights is not None
     sealed.populate(prepared.weights)
-    lease = DeviceLease(lease_fd)
+    lease = open_lease(lease_fd)
     with lease.turn():
         warm_up(prepared, threads=limits.threads)
     lease.close()
@@ -189,14 +213,19 @@ def run(
     torch.set_num_threads(fork.limits.threads)
     channel: Channel[GatewayToWorker] = Channel(connection, GatewayToWorker)
     engine = prepared.engine_for(fork.limits)
+    engine.start_counting()
     ready = Ready(
         pid=os.getpid(),
         attach_s=time.monotonic() - started,
+        libraries_s=prepared.libraries_s,
+        load_s=prepared.load_s,
+        copy_s=prepared.copy_s,
+        was_spare=prepared.is_rehearsed,
         device=prepared.device_name,
         graphs="" if prepared.device.kind == "cpu" else engine.graphs_state,
     )
     channel.send([ready])
-    worker = Worker(channel, engine, DeviceLease(lease_fd), time.monotonic)
+    worker = Worker(channel, engine, open_lease(lease_fd), time.monotonic)
     with _on(cores):
         threading.Thread(target=worker.read, name="reader", daemon=True).start()
         if engine.loads_aside:
