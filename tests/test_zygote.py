@@ -84,6 +84,7 @@ class Nothing:
     context_length = 1
     vocab_size = 1
     kv_bytes_per_token = 0
+    size_bytes = 0
 
 
 def prepare_nothing(
@@ -237,6 +238,8 @@ def launcher(backbone: Any) -> Iterator[Launcher]:
         prepared = launcher.prepare(backbone.weights_fd, backbone.manifest_fd)
         assert isinstance(prepared, Prepared)
         assert (prepared.context_length, prepared.vocab_size) == (256, 260)
+        assert prepared.size_bytes == backbone.manifest.total_bytes
+        assert min(prepared.libraries_s, prepared.seconds) > 0
         yield launcher
 
 

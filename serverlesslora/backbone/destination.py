@@ -1,11 +1,12 @@
 """Where a backbone's bytes go: from pieces into one region, slice by slice, digested on the way.
 
-A region is filled from its start to its end without looking back. On the host a slice is a part of the sealed memory
+A region is filled from its start to its end without looking back. On the host a slice is a part of the memory
 itself; on a device it is page-locked memory that is copied over while the next slice is being filled.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,6 @@ import xxhash
 from torch import Tensor
 
 from serverlesslora_ipc.cuda.driver import Driver, Pinned
-from serverlesslora_ipc.sealed import Draft
 from serverlesslora_kernels.cuda.memory import bytes_at
 
 SLICE_BYTES = 32 << 20  # large enough for the full speed of a copy; a multiple of every element's size
@@ -58,12 +58,20 @@ class Destination(Protocol):
         """Returns when every byte is in its place; no slice may be used any more."""
 
 
-class HostDestination:
-    """Sealed memory that is not sealed yet."""
+class HostMemory(Protocol):
+    @property
+    def map(self) -> mmap.mmap: ...
 
-    def __init__(self, draft: Draft) -> None:
-        self.size = draft.size
-        self._region: Tensor | None = torch.frombuffer(draft.map, dtype=torch.uint8)
+    @property
+    def size(self) -> int: ...
+
+
+class HostDestination:
+    """Sealed memory that is not sealed yet, or memory of this process's own."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self.size = memory.size
+        self._region: Tensor | None = torch.frombuffer(memory.map, dtype=torch.uint8)
         self._start = 0
 
     def next_slice(self) -> Tensor:

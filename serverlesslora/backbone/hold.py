@@ -71,6 +71,7 @@ class HeldHost(NamedTuple):
     manifest_fd: int
     manifest: Manifest
     seconds: float  # what loading (or adopting) took
+    libraries_s: float = 0.0  # of `seconds`: importing what loads
 
     @property
     def published(self) -> Published:
@@ -79,6 +80,7 @@ class HeldHost(NamedTuple):
             layout_digest=self.manifest.layout_digest,
             content_digest=self.manifest.content_digest,
             seconds=self.seconds,
+            libraries_s=self.libraries_s,
         )
 
     @property
@@ -214,7 +216,7 @@ def _state(held: Held | None) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = {"--seconds": "0"}
+    options = {"--seconds": "0", "--libraries-seconds": "0"}
     held_fds: list[int] = []
     arguments = list(argv)
     while arguments:  # argparse would cost a tenth of this process's memory
@@ -231,7 +233,10 @@ def main(argv: Sequence[str]) -> int:
     for fd in held_fds:
         os.set_inheritable(fd, False)
     try:
-        held = hold(held_fds[0], held_fds[1], seconds=float(options["--seconds"])) if held_fds else None
+        held = None
+        if held_fds:
+            held = hold(held_fds[0], held_fds[1], seconds=float(options["--seconds"]))
+            held = held._replace(libraries_s=float(options["--libraries-seconds"]))
         main_loop(channel, held)
     except ChannelClosed:
         return 0

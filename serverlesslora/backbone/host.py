@@ -47,6 +47,8 @@ def _load_and_hold(channel: Channel[GatewayToHost], options: argparse.Namespace)
     started = time.monotonic()
     from serverlesslora.backbone import loader  # imports torch; the command line and the process state come first
 
+    libraries_s = time.monotonic() - started
+
     weights_fd, manifest_fd, manifest = loader.load(
         options.model,
         dtype=options.dtype,
@@ -60,12 +62,14 @@ def _load_and_hold(channel: Channel[GatewayToHost], options: argparse.Namespace)
         layout_digest=manifest.layout_digest,
         content_digest=manifest.content_digest,
         seconds=seconds,
+        libraries_s=libraries_s,
     )
     channel.send([published], fds=[weights_fd, manifest_fd])
     for fd in (channel.fileno(), weights_fd, manifest_fd):
         os.set_inheritable(fd, True)
     module = [sys.executable, "-m", "serverlesslora.backbone.hold", "--fd", str(channel.fileno())]
-    os.execv(sys.executable, [*module, "--held", str(weights_fd), str(manifest_fd), "--seconds", repr(seconds)])
+    took = ["--seconds", repr(seconds), "--libraries-seconds", repr(libraries_s)]
+    os.execv(sys.executable, [*module, "--held", str(weights_fd), str(manifest_fd), *took])
 
 
 def progress_reporter(channel: Channel[GatewayToHost]) -> Callable[[int, int], None]:

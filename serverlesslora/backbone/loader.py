@@ -1,4 +1,5 @@
-"""Loads a checkpoint and publishes it with a manifest: as sealed memory on the host, or as a device's shared memory.
+"""Loads a checkpoint and describes it in a manifest: as sealed memory on the host, as a device's shared memory, or as
+memory of this process's own.
 
 What it takes from transformers: the module tree, every conversion of checkpoints it knows, and what it computes.
 """
@@ -9,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from serverlesslora.backbone.destination import (
     fill,
 )
 from serverlesslora.backbone.layout import TensorShape
+from serverlesslora.backbone.private import PrivateMemory, protect
 from serverlesslora.backbone.stream import Declined, Streamed, open_stream
 from serverlesslora_ipc import manifest as manifests
 from serverlesslora_ipc.cuda.driver import Driver
@@ -101,6 +104,12 @@ class DeviceBackbone(NamedTuple):
     report: LoadReport
 
 
+class PrivateBackbone(NamedTuple):
+    weights: mmap.mmap
+    manifest: Manifest
+    report: LoadReport
+
+
 def load(
     model: str,
     *,
@@ -135,6 +144,18 @@ def load_to_device(
         publication = draft.publish()
     log.info("%s: %s", model, report)
     return DeviceBackbone(publication, manifests.seal(manifest), manifest, report)
+
+
+def load_private(
+    model: str, *, dtype: str = "bfloat16", revision: str | None = None, allow_pickle: bool = False
+) -> PrivateBackbone:
+    """The same bytes, into memory nobody else sees, read-only when it is full."""
+    found = contents(model, dtype=dtype, revision=revision, allow_pickle=allow_pickle)
+    memory = PrivateMemory.of(found.manifest.total_bytes)
+    manifest, report = found.place(HostDestination(memory))
+    protect(memory.map)
+    log.info("%s: %s", model, report)
+    return PrivateBackbone(memory.map, manifest, report)
 
 
 class Contents:

@@ -9,14 +9,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from serverlesslora.gateway.commands import Command
 from serverlesslora_ipc.channel import AsyncChannel
 from serverlesslora_ipc.messages import Message
 
 Received = TypeVar("Received", bound=Message)
 
 LEAVE_DEADLINE_S = 3.0
+
+
+class StartChild(Protocol):
+    def __call__(self, command: Command, receives: Any, *, max_fds: int = 0) -> Child[Any]: ...
 
 
 class Child(Generic[Received]):
@@ -49,9 +54,22 @@ class Child(Generic[Received]):
     def pid(self) -> int:
         return self._process.pid
 
+    def kill(self) -> None:
+        """Nothing, if it has ended already."""
+        self._process.kill()
+
     async def stop(self) -> int:
-        """Closing the channel asks it to leave; after a while it is killed. Returns its exit status and reaps it."""
+        """Closing the channel asks it to leave; after a while it is killed. Returns its exit status and reaps it, also
+        when who waits for that is cancelled."""
         self.channel.close()
+        stopping = asyncio.create_task(self._stop())
+        try:
+            return await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            await stopping
+            raise
+
+    async def _stop(self) -> int:
         with contextlib.suppress(TimeoutError):
             return await self._wait(LEAVE_DEADLINE_S)
         self._process.kill()

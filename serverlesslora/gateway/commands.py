@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from serverlesslora.config import BackboneConfig, Dtype
 from serverlesslora.devices import DeviceKind
+from serverlesslora.scheduler.settings import Switch
 
 # OpenMP threads keep spinning for a moment after a parallel region. Long enough to bridge the gap to the next region
 # of a step, short enough to be asleep when another worker's turn begins.
@@ -16,6 +18,20 @@ _LAUNCHER_ENV = {"GOMP_SPINCOUNT": "20000", "MALLOC_ARENA_MAX": "2"}
 # With a thread per core, each stays on its own: else the kernel may put two on one core beside a foreign load, and
 # every barrier of a step waits for a time slice.
 _PINNED_ENV = {"OMP_PROC_BIND": "true"}
+
+
+class WorkerSetting(NamedTuple):
+    """What every worker of a backbone on the CPU is told, however it is made."""
+
+    threads: int
+    lease_fd: int
+    state_dir: str
+    sharing: Switch = "on"
+
+    @property
+    def env(self) -> dict[str, str]:
+        pinned = _PINNED_ENV if self.threads == num_cores() else {}
+        return _LAUNCHER_ENV | pinned | _caches(self.state_dir)
 
 
 class Command(NamedTuple):
@@ -32,9 +48,7 @@ def num_cores() -> int:
 
 def host_command(config: BackboneConfig, dtype: Dtype, device: DeviceKind, *, adopts: bool, state_dir: str) -> Command:
     """`adopts`: the memory is there already and will be sent with an Adopt message."""
-    arguments = [] if adopts else ["--model", config.model, "--dtype", dtype]
-    if config.allow_pickle and not adopts:
-        arguments.append("--allow-pickle")
+    arguments = [] if adopts else _checkpoint(config, dtype)
     if device != "cpu":
         module = "serverlesslora.backbone.device_host"
         arguments += ["--device", device]
@@ -43,13 +57,25 @@ def host_command(config: BackboneConfig, dtype: Dtype, device: DeviceKind, *, ad
     return Command(module, arguments, _caches(state_dir))
 
 
-def launcher_command(device: DeviceKind, *, threads: int, lease_fd: int, state_dir: str) -> Command:
+def launcher_command(device: DeviceKind, setting: WorkerSetting) -> Command:
     """The lease is for pools of CPU threads; a GPU shares its time between processes by itself."""
-    module, env = "serverlesslora.launcher.zygote", _LAUNCHER_ENV | _caches(state_dir)
+    module, born = "serverlesslora.launcher.zygote", ["--spawned-at", repr(time.monotonic())]
     if device != "cpu":
-        return Command(module, ["--device", device], env)
-    pinned = _PINNED_ENV if threads == num_cores() else {}
-    return Command(module, ["--lease-fd", str(lease_fd)], env | pinned, [lease_fd])
+        return Command(module, ["--device", device, *born], _LAUNCHER_ENV | _caches(setting.state_dir))
+    private = ["--private"] if setting.sharing == "off" else []
+    arguments = ["--lease-fd", str(setting.lease_fd), *private, *born]
+    return Command(module, arguments, setting.env, [setting.lease_fd])
+
+
+def worker_command(config: BackboneConfig, dtype: Dtype, setting: WorkerSetting) -> Command:
+    """A worker on the CPU that no launcher makes; one that does not share loads the checkpoint itself."""
+    checkpoint = _checkpoint(config, dtype) if setting.sharing == "off" else []
+    arguments = ["--lease-fd", str(setting.lease_fd), *checkpoint, "--spawned-at", repr(time.monotonic())]
+    return Command("serverlesslora.launcher.alone", arguments, setting.env, [setting.lease_fd])
+
+
+def _checkpoint(config: BackboneConfig, dtype: Dtype) -> list[str]:
+    return ["--model", config.model, "--dtype", dtype, *(["--allow-pickle"] if config.allow_pickle else [])]
 
 
 def _caches(state_dir: str) -> dict[str, str]:

@@ -59,6 +59,10 @@ class BuiltBackbone:
         return bytes_per_token(self.model.config.get_text_config(), self.model.dtype)
 
     @property
+    def size_bytes(self) -> int:
+        return self.manifest.total_bytes
+
+    @property
     def vocab_size(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
@@ -71,10 +75,15 @@ class PreparedBackbone(BuiltBackbone):
     lora: LoraModel
     device: Device = HOST
     device_name: str = "cpu"
-    weights: mmap.mmap | None = field(default=None, kw_only=True)  # on CPU: mapped read-only
+    weights: mmap.mmap | None = field(default=None, kw_only=True)  # on CPU: read-only
+    weights_fd: int | None = field(default=None, kw_only=True)  # kept open for who copies `weights`
     mapped: MappedBackbone | None = field(default=None, kw_only=True)  # on a device; what `model` is made of
     engine: Engine | None = None  # ready, and used for nothing but its rehearsal
     is_rehearsed: bool = False  # this process has filled its page tables and run a step
+    # What a worker's start has taken so far, in seconds, as `Ready` says it.
+    libraries_s: float = field(default=0.0, kw_only=True)
+    load_s: float = field(default=0.0, kw_only=True)
+    copy_s: float = field(default=0.0, kw_only=True)
 
     def engine_for(self, limits: WorkerLimits) -> Engine:
         """The rehearsed one, whose memory and graphs are there, if it has these limits."""
@@ -92,6 +101,13 @@ def prepare(
     torch.set_num_threads(1)  # a parallel region before the fork would start a pool that workers only seem to have
     assert sharing == "memfd"
     assert weights_fd is not None
+    prepared = map_shared(backbone, weights_fd, manifest_fd)
+    warm_up(prepared, threads=1)
+    return prepared
+
+
+def map_shared(backbone: str, weights_fd: int, manifest_fd: int) -> PreparedBackbone:
+    """Takes over both descriptors. Nothing was computed yet."""
     try:
         sealed.check_sealed(weights_fd)
         manifest = manifests.read(manifest_fd)
@@ -99,10 +115,15 @@ def prepare(
     finally:
         os.close(weights_fd)
         os.close(manifest_fd)
+    return build(backbone, weights, manifest)
+
+
+def build(backbone: str, weights: mmap.mmap, manifest: Manifest) -> PreparedBackbone:
+    """Around weights that are in memory, shared or not."""
     model = attach(weights, manifest, attention="eager")  # each worker's engine puts its own in its place
     lora = LoraModel(model)
     take_shortcuts(model)
-    prepared = PreparedBackbone(
+    return PreparedBackbone(
         backbone=backbone,
         manifest=manifest,
         weights=weights,
@@ -110,8 +131,6 @@ def prepare(
         lora=lora,
         text=text_codec(manifest, model),
     )
-    warm_up(prepared, threads=1)
-    return prepared
 
 
 def text_codec(manifest: Manifest, model: PreTrainedModel) -> TextCodec:

@@ -59,6 +59,11 @@ ON_CPU = Entries(
     "serverlesslora.worker.main:rehearse",
     "serverlesslora.worker.main:run",
 )
+PRIVATELY_ON_CPU = Entries(
+    "serverlesslora.launcher.private:prepare",
+    "serverlesslora.launcher.private:rehearse",
+    "serverlesslora.launcher.private:run",
+)
 ON_DEVICE = Entries(
     "serverlesslora.launcher.device:prepare",
     "serverlesslora.launcher.device:rehearse",
@@ -100,8 +105,18 @@ class _Spare(NamedTuple):
 
 
 class Zygote:
-    def __init__(self, channel: Channel[GatewayToLauncher], build: Build, run: Run, rehearse: Rehearse) -> None:
+    def __init__(
+        self,
+        channel: Channel[GatewayToLauncher],
+        build: Build,
+        run: Run,
+        rehearse: Rehearse,
+        *,
+        libraries_s: float = 0.0,
+    ) -> None:
+        """`libraries_s`: from the start of this process until everything was imported."""
         self._channel = channel
+        self._libraries_s = libraries_s
         self._build = build
         self._run = run
         self._rehearse = rehearse
@@ -159,6 +174,8 @@ class Zygote:
             context_length=prepared.context_length,
             vocab_size=prepared.vocab_size,
             kv_bytes_per_token=prepared.kv_bytes_per_token,
+            libraries_s=self._libraries_s,
+            size_bytes=prepared.size_bytes,
         )
         self._channel.send([answer])
         self._plan_refill(0.0)
@@ -307,11 +324,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="serverlesslora.launcher.zygote")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "emulated"])
+    parser.add_argument("--private", action="store_true", help="each worker copies the weights into its own memory")
     parser.add_argument("--lease-fd", type=int, help="what workers of this device lock for a turn")
+    parser.add_argument("--spawned-at", type=float, help="of CLOCK_MONOTONIC; not given: now")
     parser.add_argument("--worker", help="module:function that is a worker's life")
     parser.add_argument("--rehearsal", help="module:function that a spare does before it waits")
     parser.add_argument("--prepare", help="module:function that maps and builds a backbone")
     options = parser.parse_args(argv)
+    spawned_at = time.monotonic() if options.spawned_at is None else options.spawned_at
     cores = os.sched_getaffinity(0)  # before OpenMP pins this thread, and so what it starts, to one of them
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
@@ -320,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     channel: Channel[GatewayToLauncher] = Channel.inherited(options.fd, GatewayToLauncher)
     try:
-        entries = ON_CPU if options.device == "cpu" else ON_DEVICE
+        entries = (PRIVATELY_ON_CPU if options.private else ON_CPU) if options.device == "cpu" else ON_DEVICE
         build = _resolve(options.prepare or entries.prepare)
         if options.device != "cpu" and not options.prepare:
             build = functools.partial(build, kind=options.device)
@@ -328,7 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.lease_fd is not None:
             run = functools.partial(run, lease_fd=options.lease_fd, cores=cores)
             rehearse = functools.partial(rehearse, lease_fd=options.lease_fd)
-        zygote = Zygote(channel, build, run, rehearse)
+            if options.private:
+                rehearse = functools.partial(rehearse, cores=cores)
+        zygote = Zygote(channel, build, run, rehearse, libraries_s=time.monotonic() - spawned_at)
         return zygote.main_loop()
     except ChannelClosed:
         return 0
