@@ -137,7 +137,7 @@ async def run(
         "keep-alive-min": keep_min,
         "keep-alive-max": keep_max,
         "slo-ttft": scenario.deadline_s,
-        "cold-timeout": 60.0,
+        "cold-timeout": 300.0,  # a process that starts slowly is waited for, and counts with all its time
         "warm-pool": 0 if SYSTEMS[system]["preload"] == "off" else 1,
     }
     if arguments.profile_out:

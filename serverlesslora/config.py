@@ -17,13 +17,17 @@ from msgspec import Meta
 
 from serverlesslora.devices import DeviceSetting
 from serverlesslora.errors import ConfigError
+from serverlesslora.scheduler.settings import PolicySettings, PreloadSetting, Switch
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Isolation = Literal["tenant", "shared"]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
 
+Period = Literal["hour", "day", "month", "total"]
+
 CPU_KV_MEMORY_MB = 1024
+POLICY = PolicySettings()  # its defaults are the server's
 CPU_STEP_TOKENS, DEVICE_STEP_TOKENS = 256, 2048  # enough rows to be bound by arithmetic, few enough to answer soon
 
 
@@ -53,6 +57,16 @@ class FunctionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backbone: str | None = None  # default: the first backbone
     tenant: str | None = None  # functions of one tenant share a worker
     max_concurrency: Annotated[int, Meta(ge=0)] | None = None
+    slo_ttft_s: Annotated[float, Meta(gt=0)] | None = None  # default: the server's
+    pinned: bool = False  # its worker and adapter are always there
+
+
+class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tenant may spend, in the currency of the price file. A tenant without an entry has no limit."""
+
+    name: Name
+    budget: Annotated[float, Meta(ge=0)]
+    period: Period = "month"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +74,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     backbones: tuple[BackboneConfig, ...] = ()
     functions: tuple[FunctionConfig, ...] = ()
+    tenants: tuple[TenantConfig, ...] = ()
 
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port of the OpenAI API; 0 picks a free one")] = 8000
@@ -78,9 +93,17 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Isolation,
         Meta(description="'tenant': one worker per tenant (or per function without one); 'shared': one for all"),
     ] = "tenant"
-    idle_timeout_s: Annotated[float, Meta(gt=0, description="a worker without requests for this long is stopped")] = (
-        300.0
-    )
+    keep_alive_min_s: Annotated[
+        float, Meta(gt=0, description="a worker without requests is kept at least this long")
+    ] = POLICY.keep_alive_min_s
+    keep_alive_max_s: Annotated[
+        float,
+        Meta(gt=0, description="and at most this long; in between, its functions' own arrivals say when it is let go"),
+    ] = POLICY.keep_alive_max_s
+    idle_timeout_s: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="stop every worker that had no request for exactly this long, whatever its arrivals"),
+    ] = None
     stall_timeout_s: Annotated[
         float, Meta(gt=0, description="a worker that has requests and says nothing for this long is killed")
     ] = 300.0
@@ -88,6 +111,50 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_pool: Annotated[
         int, Meta(ge=0, description="workers per backbone kept forked and warm for the domains that start next")
     ] = 1
+    sharing: Annotated[
+        Switch, Meta(description="'off', for comparison: every worker has a private copy of its backbone (cpu only)")
+    ] = POLICY.sharing
+    preload: Annotated[
+        PreloadSetting,
+        Meta(
+            description="'on': workers and adapters are loaded ahead of demand; 'lru': what was used last stays; 'off' "
+            "for comparison: nothing is there before a request needs it, neither libraries nor backbone (cpu only)"
+        ),
+    ] = POLICY.preload
+    offload: Annotated[
+        Switch, Meta(description="'off', for comparison: nothing is moved out of a full memory, starts wait for room")
+    ] = POLICY.offload
+    batching: Annotated[
+        Switch, Meta(description="'off', for comparison: a worker runs one request at a time, first come first served")
+    ] = POLICY.batching
+    slo_ttft_s: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="time to the first token of functions that name no objective of their own; a request that "
+            "cannot make it is refused early with 503 and Retry-After",
+        ),
+    ] = POLICY.slo_ttft_s
+    memory_mb: Annotated[
+        Positive | None,
+        Meta(
+            description="what backbones, workers, adapters and KV may take together, MiB; not given: what the machine "
+            "or its container has, less a tenth"
+        ),
+    ] = None
+    watermark: Annotated[
+        float, Meta(gt=0, le=1, description="share of the memory above which artifacts are moved out")
+    ] = POLICY.watermark
+    min_gain_per_gb: Annotated[
+        float,
+        Meta(ge=0, description="nothing is held ahead that saves less than this: seconds of waiting per second and GB"),
+    ] = POLICY.min_gain_per_gb
+    prices: Annotated[
+        str | None, Meta(description="price file (TOML); not given: the built-in one, which is only an illustration")
+    ] = None
+    profile_out: Annotated[
+        str | None, Meta(description="write what was measured (times, sizes) here, for `serverlesslora simulate`")
+    ] = None
     threads: Annotated[
         int, Meta(ge=0, description="threads per worker; 0 is every core on cpu (workers take turns), 1 elsewhere")
     ] = 0
@@ -128,10 +195,17 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
 
     def __post_init__(self) -> None:
+        if self.keep_alive_min_s > self.keep_alive_max_s:
+            raise ValueError(
+                f"keep_alive_min_s is {self.keep_alive_min_s:g}, more than keep_alive_max_s, {self.keep_alive_max_s:g}"
+            )
         names = [backbone.public_name for backbone in self.backbones] + [f.name for f in self.functions]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"the names {twice} are used more than once; every backbone and function needs its own")
         known = {backbone.public_name for backbone in self.backbones}
+        for name in known:  # a domain is called after its backbone: "llama/tenant:acme"
+            if continued := [other for other in known if other.startswith(name + "/")]:
+                raise ValueError(f"the backbone names {name!r} and {continued[0]!r} could be confused; rename one")
         for function in self.functions:
             if function.backbone is not None and function.backbone not in known:
                 raise ValueError(
@@ -144,6 +218,10 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def policy(self) -> PolicySettings:
+        return PolicySettings(**{name: getattr(self, name) for name in PolicySettings.__struct_fields__})
 
     @property
     def runtime_deploys_allowed(self) -> bool:

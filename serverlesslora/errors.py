@@ -56,6 +56,12 @@ class RateLimited(ServerlessLoraError):
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
+class BudgetSpent(ServerlessLoraError):
+    """The tenant has spent what it may spend in this period."""
+
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+
+
 class Overloaded(ServerlessLoraError):
     status, type, code = 503, "server_error", "server_overloaded"
 

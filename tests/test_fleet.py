@@ -67,6 +67,7 @@ def play(
         service: Any = PlayedService()
         service.context_length = 100
         real, fleet._services["base"] = fleet._services["base"], service
+        await fleet.control.startup()
         try:
             async with asyncio.timeout(10):
                 await scene(fleet, service)

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 
 from serverlesslora.errors import AdapterInvalid, Unavailable, WorkerLost
-from serverlesslora.gateway.worker_link import Stream, WorkerLink
+from serverlesslora.gateway.backbone_facts import BackboneFacts
+from serverlesslora.gateway.backbone_service import BackboneStatus
+from serverlesslora.gateway.worker_link import RemoteError, Stream, WorkerLink
 from serverlesslora.gateway.worker_state import WorkerState
 from serverlesslora.gateway.workers import Workers
 from serverlesslora_ipc.channel import AsyncChannel
 from serverlesslora_ipc.messages import (
     Abort,
+    Aborted,
     Delta,
+    Failed,
     Finished,
     GatewayToWorker,
     Generate,
@@ -27,12 +31,15 @@ from serverlesslora_ipc.messages import (
     Refused,
     SamplingParams,
     Shutdown,
+    Spent,
     Started,
     TextPrompt,
     UnloadAdapter,
+    WireError,
     WorkerToGateway,
 )
 
+BACKBONE_BYTES = 1 << 30
 LOADED_BYTES = 100
 
 
@@ -58,7 +65,13 @@ class PlayedWorker:
 class PlayedService:
     """Stands where the backbone's processes would be."""
 
+    name = "base"
+    context_length = 100
+    takes_requests = True
+    size_bytes = BACKBONE_BYTES
+
     def __init__(self) -> None:
+        self.facts = BackboneFacts()
         self.workers: list[PlayedWorker] = []
         self.forked = asyncio.Event()
         self.is_ready = True
@@ -67,6 +80,22 @@ class PlayedService:
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         while not self.is_ready:
             await asyncio.sleep(0)
+
+    def rest(self, unused_for_s: float = 0.0) -> bool:
+        return False
+
+    def status(self) -> BackboneStatus:
+        return BackboneStatus(
+            name=self.name,
+            state="ready",
+            sharing="memfd",
+            size_bytes=BACKBONE_BYTES,
+            content_digest=None,
+            host_pid=None,
+            launcher_pid=None,
+            context_length=self.context_length,
+            restarts=0,
+        )
 
     def fork(self, domain: str, *, may_be_spare: bool = True) -> WorkerLink:
         ours, theirs = socket.socketpair()
@@ -85,7 +114,7 @@ class PlayedService:
 
 def play(scene: Callable[[Workers, Any], Coroutine[Any, Any, None]], **settings: float) -> None:
     async def run() -> None:
-        workers = Workers(**{"idle_timeout_s": 10.0, "cold_timeout_s": 5.0, **settings})  # type: ignore[arg-type]
+        workers = Workers(**{"idle_timeout": lambda domain: 10.0, "cold_timeout_s": 5.0, **settings})  # type: ignore[arg-type]
         service = PlayedService()
         try:
             async with asyncio.timeout(10):
@@ -390,5 +419,76 @@ def test_an_abort_is_told_once_and_later_events_are_dropped() -> None:
         assert not any(isinstance(message, Abort) for message in played.heard)
         played.says(Delta("r", 0, "late"))
         assert link.num_open == 0
+
+    play(scene)
+
+
+def test_every_end_says_what_the_request_has_cost() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        streams = {name: Stream() for name in ("finished", "failed", "aborted", "unread")}
+        for name, stream in streams.items():
+            link.submit(generate(name), stream)
+        told: list[tuple[str, Spent]] = []
+        assert link.abort("aborted", lambda spent: told.append(("aborted", spent)))
+        cost = Spent(
+            prompt_tokens=3, completion_tokens=2, cached_tokens=1, queue_s=0.5, device_s=0.25, first_token_s=1.0
+        )
+        played.says(
+            Aborted("aborted", cost),
+            Failed("failed", WireError(500, "broken"), cost),
+            Finished("finished", 3, 2, 1, 0.5, 0.25, 1.0),
+            Finished("unread", 3, 2, 1, 0.5, 0.25, 1.0),
+        )
+        end = await streams["finished"].next()
+        assert isinstance(end, Finished)
+        assert end.spent == streams["finished"].spent == cost
+        with pytest.raises(RemoteError) as failure:
+            await streams["failed"].next()
+        assert failure.value.spent == streams["failed"].spent == cost
+        assert told == [("aborted", cost)]
+        # A client that left before it had read the end: there is nothing to abort, and its cost is known.
+        assert not link.abort("unread", lambda spent: told.append(("unread", spent)))
+        assert streams["unread"].spent == cost
+        assert len(told) == 1
+
+    play(scene)
+
+
+@pytest.mark.parametrize("end", [Finished("r", 3, 2, device_s=0.25), Failed("r", WireError(500, ""), Spent(3, 2))])
+def test_an_end_that_crosses_its_abort_tells_the_cost(end: Finished | Failed) -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        link.submit(generate(), Stream())
+        told: list[Spent] = []
+        played.says(Started("r", 3), end)
+        assert link.abort("r", told.append)
+        await until(lambda: bool(told))
+        played.channel.close()
+        await until(lambda: link.state is WorkerState.GONE)
+        assert told == [end.spent], "once"
+
+    play(scene)
+
+
+def test_a_worker_that_dies_owes_the_cost_of_what_was_aborted() -> None:
+    async def scene(workers: Workers, service: Any) -> None:
+        caller = asyncio.ensure_future(workers.place("d", service))
+        played = await ready(service)
+        link = (await caller).link
+        cut = Stream()
+        link.submit(generate("aborted"), Stream())
+        link.submit(generate("cut"), cut)
+        told: list[Spent] = []
+        link.abort("aborted", told.append)
+        played.channel.close()
+        with pytest.raises(WorkerLost):
+            await cut.next()
+        assert told == [Spent()]
+        assert cut.spent is None, "nobody knows"
 
     play(scene)

@@ -7,10 +7,9 @@ import urllib.parse
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
-from serverlesslora.cli.client import add_client_flags, call
+from serverlesslora.cli.client import add_client_flags, call, plain_console
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.gateway.registry import Function
 
@@ -74,7 +73,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         table.add_row(
             f.name, f.digest[:16], f.backbone, f.tenant or "", str(f.rank), str(f.modules), size, ", ".join(f.kinds)
         )
-    Console().print(table)
+    plain_console().print(table)
     return 0
 
 

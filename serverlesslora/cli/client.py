@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import urllib.error
 import urllib.request
 from typing import Any, TypeVar
 
 import msgspec
+from rich.console import Console
 
 from serverlesslora.errors import ServerlessLoraError, Unavailable
 from serverlesslora_ipc.messages import WireError
@@ -25,6 +27,11 @@ class RefusedByServer(ServerlessLoraError):
     def __init__(self, error: WireError) -> None:
         super().__init__(error.message, param=error.param, code=error.code)
         self.status = error.status
+
+
+def plain_console() -> Console:
+    """Prints names as they are: a function may be called `[red]` or `:mask:`."""
+    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from msgspec import inspect
 from serverlesslora.config import ServerConfig
 
 # These have a syntax of their own on the command line.
-NOT_FLAGS = ("backbones", "functions")
+NOT_FLAGS = ("backbones", "functions", "tenants")
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,11 @@ import argparse
 import time
 
 import msgspec
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from serverlesslora.cli.client import add_client_flags, call
+from serverlesslora.cli.client import add_client_flags, call, plain_console
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.gateway.fleet import FleetStatus
 
@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(msgspec.json.encode(look()).decode())
         return 0
     if arguments.once:
-        Console().print(render(look()))
+        plain_console().print(render(look()))
         return 0
-    with Live(render(look()), refresh_per_second=10, screen=True) as live:
+    with Live(render(look()), console=plain_console(), refresh_per_second=10, screen=True) as live:
         while True:
             time.sleep(arguments.interval)
             live.update(render(look()))

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serverlesslora.cli.client import add_client_flags, call
+from serverlesslora.cli.client import add_client_flags, call, plain_console
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.errors import ConfigError
 from serverlesslora.metering.export import PricedRow, RequestReport, UsageReport, to_csv
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(msgspec.json.encode(report).decode())
         return 0
-    console = Console()
+    console = plain_console()
     console.print(render(report))
     for line in _remarks(report):
         console.print(Text(line))

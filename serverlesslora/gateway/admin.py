@@ -14,6 +14,7 @@ from starlette.routing import Route
 from serverlesslora.config import FunctionConfig
 from serverlesslora.errors import InvalidRequest, ServerlessLoraError
 from serverlesslora.gateway.fleet import Fleet
+from serverlesslora.gateway.usage_api import usage_routes
 from serverlesslora_ipc.messages import Loaded
 
 T = TypeVar("T")
@@ -90,6 +91,12 @@ def create_admin_app(fleet: Fleet) -> Starlette:
             )
         )
 
+    async def plan(request: Request) -> Response:
+        return _answer(fleet.plan())
+
+    async def profile(request: Request) -> Response:
+        return _answer(fleet.control.profile())
+
     async def verify(request: Request) -> Response:
         verified = await fleet.verify(request.path_params["name"])
         return _answer({"content_digest": verified.content_digest, "intact": verified.intact})
@@ -102,6 +109,9 @@ def create_admin_app(fleet: Fleet) -> Starlette:
             Route("/admin/functions/{name:path}", remove, methods=["DELETE"]),
             Route("/admin/verify/{name:path}", verify, methods=["POST"]),
             Route("/admin/inspect", inspect, methods=["POST"]),
+            Route("/admin/plan", plan, methods=["GET"]),
+            Route("/admin/profile", profile, methods=["GET"]),
+            *usage_routes(fleet.control.accounts.ledger, fleet.control.accounts.prices),
         ],
         exception_handlers={ServerlessLoraError: _failed},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,12 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import serverlesslora
 from serverlesslora.errors import ServerlessLoraError, Unavailable
 from serverlesslora.gateway.adapters_api import AdapterApi
-from serverlesslora.gateway.answering import GenerationResponse
-from serverlesslora.gateway.backend import Backend, ModelCard
+from serverlesslora.gateway.answering import Answer, GenerationResponse, Opening
+from serverlesslora.gateway.backend import Backend, GenerationRequest, ModelCard
 from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.completions import parse_completion
 from serverlesslora.gateway.http_errors import answer_for
-from serverlesslora.gateway.limits import HttpSettings, read_json
+from serverlesslora.gateway.limits import HttpSettings, objective_of, read_json
 from serverlesslora.gateway.metrics import CONTENT_TYPE, Metrics
 from serverlesslora.gateway.openai import Model, ModelList
 
@@ -54,27 +55,27 @@ class Gateway:
         body = await read_json(request, self.settings)
         parsed, generation, answer = parse_chat(body, request.state.request_id, self.settings)
         self.backend.model(parsed.model)
-        return GenerationResponse(
-            self.backend,
-            [generation],
-            answer,
-            stream=bool(parsed.stream),
-            metrics=self.metrics,
-            settings=self.settings,
-        )
+        return self._answer(request, [generation], answer, stream=bool(parsed.stream))
 
     async def complete(self, request: Request) -> Response:
         self._check_open()
         body = await read_json(request, self.settings)
         parsed, generations, answer = parse_completion(body, request.state.request_id, self.settings)
         self.backend.model(parsed.model)
+        return self._answer(request, generations, answer, stream=bool(parsed.stream))
+
+    def _answer(
+        self,
+        request: Request,
+        generations: Sequence[GenerationRequest],
+        answer: Callable[[Opening], Answer],
+        *,
+        stream: bool,
+    ) -> Response:
+        if (slo_ttft_s := objective_of(request)) is not None:
+            generations = [msgspec.structs.replace(each, slo_ttft_s=slo_ttft_s) for each in generations]
         return GenerationResponse(
-            self.backend,
-            generations,
-            answer,
-            stream=bool(parsed.stream),
-            metrics=self.metrics,
-            settings=self.settings,
+            self.backend, generations, answer, stream=stream, metrics=self.metrics, settings=self.settings
         )
 
     def _check_open(self) -> None:

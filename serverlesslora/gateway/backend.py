@@ -45,6 +45,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     n: int = 1
     echo: bool = False  # a PromptEcho comes before any Delta
+    is_batch: bool = False  # one of many prompts of one call: nobody waits for its first token alone
+    slo_ttft_s: float | None = None  # what this client asks for; None: the function's objective
 
 
 Event = PromptEcho | Delta | Finished
@@ -76,6 +78,8 @@ class BackendStats(msgspec.Struct, frozen=True):
     max_adapters: int = 0
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    held_bytes: int = 0  # by backbones, processes, adapters and KV
+    capacity_bytes: int = 0
 
 
 class Health(msgspec.Struct, frozen=True):

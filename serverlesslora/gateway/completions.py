@@ -71,6 +71,7 @@ def parse_completion(
             sampling=msgspec.structs.replace(sampling, seed=(sampling.seed + place) & (2**63 - 1)),
             n=request.num_choices,
             echo=bool(wants_prompt),
+            is_batch=len(prompts) > 1,
         )
         for place, prompt in enumerate(prompts)
     ]

@@ -28,11 +28,13 @@ from serverlesslora.errors import (
 from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus
 from serverlesslora.gateway.backend import BackendStats, GenerationRequest, Health, ModelCard
 from serverlesslora.gateway.commands import num_cores
+from serverlesslora.gateway.control_plane import ControlPlane
 from serverlesslora.gateway.generation import FleetGeneration
+from serverlesslora.gateway.plan_view import PlanView, view_of
 from serverlesslora.gateway.registry import Backbone, Function, Registry, Target, domain_of
 from serverlesslora.gateway.store import AdapterStore, StoredAdapter
 from serverlesslora.gateway.worker_link import WorkerLink
-from serverlesslora.gateway.workers import Placed, Workers, retired_after
+from serverlesslora.gateway.workers import retired_after
 from serverlesslora.worker.lease import create_lease_fd
 from serverlesslora_ipc.messages import Loaded, Progress, Stats, Verified, WorkerLimits
 
@@ -87,17 +89,20 @@ class Fleet:
         device, reason = choose_device(config.device)
         log.info("device %s: %s", device, reason)
         created = int(time.time())
+        limits = worker_limits(config, device)
         self._services = {
             backbone.public_name: BackboneService(
                 backbone.public_name,
                 backbone,
                 dtype=backbone.dtype or config.dtype,
                 device=device,
-                limits=worker_limits(config, device),
+                limits=limits,
                 lease_fd=self._lease_fd,
                 adapter_bytes=ADAPTER_BYTES_PER_WORKER,
                 state_dir=config.state_dir,
                 warm_pool=config.warm_pool,
+                sharing=config.sharing,
+                preload=config.preload,
                 on_progress=on_progress,
             )
             for backbone in config.backbones
@@ -113,37 +118,39 @@ class Fleet:
             max_bytes=config.max_adapter_mb << 20,
             roots=[Path(root) for root in config.adapter_roots],
         )
-        self._workers = Workers(
-            idle_timeout_s=config.idle_timeout_s,
-            cold_timeout_s=config.cold_timeout_s,
-            stall_timeout_s=config.stall_timeout_s,
+        self.device = device
+        self.control = ControlPlane(
+            config,
+            device=device,
+            registry=self.registry,
+            services=self._services,
+            store=self.store,
+            chunk_tokens=limits.max_step_tokens,
         )
-        self._open_by_domain: Counter[str] = Counter()
+        self._workers = self.control.workers
+        self._open_by_domain = self.control.open_by_domain
         self._open_by_function: Counter[str] = Counter()
         self._deploying: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held by who deploys
         self._inspecting = asyncio.Semaphore(INSPECTIONS_AT_ONCE)
         self._inspected: dict[tuple[str, str], Loaded] = {}  # (backbone, digest): a verdict never changes
         self._is_started = False
-        self._main: asyncio.Task[None] | None = None
 
     # --- life
 
     async def startup(self) -> None:
         """Load the backbones and deploy the configured functions. Raises what keeps the server from serving."""
         self.store.sweep()
-        self._main = asyncio.create_task(self._workers.main_loop(), name="idle workers")
+        await self.control.startup()
         for service in self._services.values():
             service.startup()
-        for service in self._services.values():
-            await service.wait_ready()
+        if self._config.preload != "off":
+            for service in self._services.values():
+                await service.wait_ready()
         await asyncio.gather(*(self._deploy_configured(function) for function in self._config.functions))
         self._is_started = True
 
     async def shutdown(self) -> None:
-        if self._main is not None:
-            self._main.cancel()
-            await asyncio.gather(self._main, return_exceptions=True)
-        await self._workers.shutdown()
+        await self.control.shutdown()
         await asyncio.gather(*(service.shutdown() for service in self._services.values()))
         os.close(self._lease_fd)
 
@@ -184,7 +191,7 @@ class Fleet:
         domain = self._domain(target)
         name = request.model
         self._admit(target, domain)
-        generation = FleetGeneration(self, request, target)
+        generation = FleetGeneration(self.control, request, target, domain, self._services[target.backbone.name])
         self._open_by_domain[domain] += 1
         self._open_by_function[name] += 1
         try:
@@ -195,15 +202,14 @@ class Fleet:
             _decrement(self._open_by_function, name)
 
     def _admit(self, target: Target, domain: str) -> None:
-        if self._open_by_domain[domain] >= self._config.max_queue:
+        self.control.accounts.check(target.function.tenant if target.function else None)
+        # Where tenants share a domain the queue itself sees to it that one does not take it all.
+        if self._config.isolation != "shared" and self._open_by_domain[domain] >= self._config.max_queue:
             raise RateLimited(f"{self._config.max_queue} requests of this domain are open already", retry_after_s=2)
         function = target.function
         limit = function.max_concurrency if function else None
         if function is not None and limit is not None and self._open_by_function[function.name] >= limit:
             raise RateLimited(f"the function may have {limit} requests open", retry_after_s=2)
-
-    async def place(self, target: Target) -> Placed:
-        return await self._workers.place(self._domain(target), self._services[target.backbone.name])
 
     def _domain(self, target: Target) -> str:
         return domain_of(target, isolation=self._config.isolation)
@@ -244,6 +250,8 @@ class Fleet:
                     created=int(time.time()),
                     tenant=function.tenant,
                     max_concurrency=function.max_concurrency,
+                    slo_ttft_s=function.slo_ttft_s,
+                    pinned=function.pinned,
                     size_bytes=facts.size_bytes,
                     rank=facts.rank,
                     modules=facts.modules,
@@ -252,6 +260,7 @@ class Fleet:
             )
         if previous is not None:
             self._forget(previous)
+        self.control.controller.made_room()  # a pinned function is loaded by the next plan
         return self.model(function.name)
 
     async def inspect(self, backbone: str, stored: StoredAdapter) -> Loaded:
@@ -281,6 +290,7 @@ class Fleet:
         if removed is None:
             raise ModelNotFound(f"The lora adapter '{name[:200]}' cannot be found.", param="lora_name")
         self._forget(removed)
+        self.control.controller.forget(removed)
 
     def _forget(self, function: Function) -> None:
         """Its adapter leaves every worker that no other function needs it in."""
@@ -292,6 +302,7 @@ class Fleet:
         )
         if (link := self._workers.find(domain)) and not still_used:
             link.unload(function.digest)
+            self.control.controller.changed(link)
 
     async def _deploy_configured(self, function: FunctionConfig) -> None:
         try:
@@ -327,16 +338,22 @@ class Fleet:
             domains={f.name: self._domain(self.registry.resolve(f.name)) for f in self.registry.functions()},
         )
 
+    def plan(self) -> PlanView:
+        return view_of(self.control.controller, self.control.queue, self._workers, self._config.policy)
+
     def stats(self) -> BackendStats:
         stats = [link.stats for link in self._workers if link.stats is not None]
         total_blocks = sum(s.kv_total_blocks for s in stats)
         resident = {digest for link in self._workers for digest in link.adapters}
         return BackendStats(
             running=sum(s.running for s in stats),
-            waiting=sum(s.waiting for s in stats),
+            waiting=sum(s.waiting for s in stats) + self.control.queue.num_waiting,
             kv_usage=sum(s.kv_used_blocks for s in stats) / total_blocks if total_blocks else 0.0,
             max_adapters=sum(1 for _ in self.registry.functions()),
             running_adapters=tuple(f.name for f in self.registry.functions() if f.digest in resident),
+            waiting_adapters=self.control.queue.waiting_functions,
+            held_bytes=self.control.holdings.counted_bytes,
+            capacity_bytes=self.control.holdings.capacity_bytes,
         )
 
     def health(self) -> Health:
@@ -346,8 +363,10 @@ class Fleet:
             "functions": sum(1 for _ in self.registry.functions()),
             "workers": sum(1 for _ in self._workers),
         }
+        if problem := self.control.accounts.problem:
+            detail["metering"] = problem
         is_altered = any(b.state == "altered" for b in backbones)
-        is_ready = all(b.state == "ready" for b in backbones)
+        is_ready = all(service.takes_requests for service in self._services.values())
         # A launcher that restarts keeps new domains waiting; restarting the whole server would help nobody. It is the
         # only help for a backbone that was altered.
         return Health(alive=self._is_started and not is_altered, ready=self._is_started and is_ready, detail=detail)

@@ -1,33 +1,82 @@
-"""One request on its way through the fleet: placed, perhaps placed again, streamed, aborted when its client leaves."""
+"""One request on its way through the fleet: queued, placed, perhaps placed again, streamed, aborted when its client
+leaves, and accounted for however it ends."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
-from serverlesslora.errors import ServerlessLoraError
+from serverlesslora.errors import BudgetSpent, Overloaded, RateLimited, ServerlessLoraError, Unavailable, WorkerLost
+from serverlesslora.gateway.accounts import Account
+from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Rung
 from serverlesslora.gateway.registry import Target
-from serverlesslora.gateway.worker_link import Stream, WorkerLink
-from serverlesslora.gateway.workers import is_retryable
-from serverlesslora_ipc.messages import Finished, Generate, Started
+from serverlesslora.gateway.worker_link import RemoteError, Stream, StreamEvent, WorkerLink
+from serverlesslora.gateway.workers import Placed, is_retryable
+from serverlesslora.scheduler.asks import Ask
+from serverlesslora_ipc.messages import ChatPrompt, Delta, Finished, Generate, Prompt, Spent, Started, TokensPrompt
 
 if TYPE_CHECKING:
-    from serverlesslora.gateway.fleet import Fleet
+    from serverlesslora.gateway.control_plane import ControlPlane
+
+CHARACTERS_PER_TOKEN = 4  # of English text with a large vocabulary; only a guess until the worker has counted
+
+
+class WatchedStream(Stream):
+    """Tells of the first token and of the end when they arrive, however slowly the client reads, and counts."""
+
+    def __init__(self, on_first_token: Callable[[], None], on_end: Callable[[Spent], None]) -> None:
+        super().__init__()
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+        self._on_first_token: Callable[[], None] | None = on_first_token
+        self._on_end = on_end
+
+    def put(self, event: StreamEvent) -> None:
+        super().put(event)
+        match event:
+            case Delta():
+                self.output_tokens += len(event.token_ids)
+                if self._on_first_token is not None:
+                    self._on_first_token()
+                    self._on_first_token = None
+            case Started():
+                self.prompt_tokens = event.prompt_tokens
+            case Finished():
+                self._on_end(event.spent)
+
+    def fail(self, error: ServerlessLoraError) -> None:
+        super().fail(error)
+        self._on_end(self.spent or Spent())
 
 
 class FleetGeneration:
     """Implements `backend.Generation`. The digest is fixed here: a later deploy of the name does not reach it."""
 
-    def __init__(self, fleet: Fleet, request: GenerationRequest, target: Target) -> None:
-        self._fleet = fleet
+    def __init__(
+        self,
+        control: ControlPlane,
+        request: GenerationRequest,
+        target: Target,
+        domain: str,
+        service: BackboneService,
+    ) -> None:
+        self._control = control
         self._request = request
         self._target = target
+        self._domain = domain
+        self._service = service
         self._id = uuid.uuid4().hex
+        self._slo_s = control.objective_s(request, target)
+        self._cold_s = control.expected_cold_s(domain, service)
+        self._account: Account = control.accounts.open(
+            f"{request.request_id}/{self._id[:12]}", target, domain, slo_s=self._slo_s
+        )
         self._link: WorkerLink | None = None
-        self._stream = Stream()
+        self._stream = self._new_stream()
         self._started: Started | None = None
         self._is_over = False
         self._cold = Cold()
@@ -44,8 +93,8 @@ class FleetGeneration:
         if self._started is None:
             try:
                 self._started = await self._run()
-            except ServerlessLoraError:
-                self._is_over = True
+            except ServerlessLoraError as error:
+                self._fail(error)
                 raise
         return self._started
 
@@ -55,21 +104,39 @@ class FleetGeneration:
             while True:
                 event = await self._stream.next()
                 assert not isinstance(event, Started)
-                self._is_over = self._is_over or isinstance(event, Finished)
+                if isinstance(event, Finished):
+                    await self._account.finish(event.spent)
+                    self._is_over = True
                 yield event
                 if isinstance(event, Finished):
                     return
-        except ServerlessLoraError:
-            self._is_over = True
+        except ServerlessLoraError as error:
+            self._fail(error)
             raise
 
     def close(self) -> None:
         """Abort unless it is over. Never waits."""
-        if not self._is_over and self._link is not None:
-            self._link.abort(self._id)
+        if not self._is_over:
+            self._is_over = True
+            is_running = self._link is not None and self._link.abort(
+                self._id, on_spent=lambda spent: self._account.close("aborted", spent)
+            )
+            if not is_running:
+                self._account.close("aborted", self._stream.spent)
+        # Who leaves early has had what was computed for it all the same.
+        self._control.queue.left(
+            self._id, prompt_tokens=self._stream.prompt_tokens, output_tokens=self._stream.output_tokens
+        )
+
+    def _fail(self, error: ServerlessLoraError) -> None:
         self._is_over = True
+        if isinstance(error, (BudgetSpent, Overloaded, RateLimited, Unavailable)) and self._link is None:
+            self._account.close("refused")
+        else:
+            self._account.close("failed", error.spent if isinstance(error, RemoteError) else self._stream.spent)
 
     async def _run(self) -> Started:
+        self._control.controller.arrived(self._target, self._domain)
         try:
             return await self._attempt()
         except ServerlessLoraError as error:
@@ -78,35 +145,40 @@ class FleetGeneration:
         return await self._attempt()
 
     async def _attempt(self) -> Started:
-        placed = await self._fleet.place(self._target)
-        link = placed.link
-        loading = None
-        rung: Rung = "backbone" if placed.backbone_s > 0.001 else "worker" if placed.worker_s > 0 else "hot"
-        digest = self._target.digest
-        if digest is not None:
-            was_loaded = link.has(digest)
-            loading = link.load(digest, str(self._fleet.store.path_of(digest)))
-            if not was_loaded and rung == "hot":
-                rung = "adapter-disk"
-        self._stream = Stream()
+        turn = self._control.queue.offer(self._ask(), cold_s=self._cold_s)
+        try:
+            placed = await self._place(turn)
+            link = placed.link
+            loading = None
+            rung: Rung = "backbone" if placed.backbone_s > 0.001 else "worker" if placed.worker_s > 0 else "hot"
+            digest = self._target.digest
+            if digest is not None:
+                was_loaded = link.has(digest)
+                loading = link.load(digest, self._control.path_of(digest))
+                if not was_loaded and rung == "hot":
+                    rung = "adapter-disk"
+            if not turn.done():
+                await asyncio.wait([turn, link.gone], return_when=asyncio.FIRST_COMPLETED)
+            if link.gone.done():
+                raise WorkerLost("the worker ended before the request was sent")
+            turn.result()
+            if digest is not None:
+                loading = link.load(digest, self._control.path_of(digest))  # it may have been unloaded meanwhile
+        except BaseException:
+            turn.cancel()
+            self._control.queue.left(self._id)
+            raise
+        self._account.rung = rung
+        self._stream = self._new_stream()
         self._link = link
-        link.submit(
-            Generate(
-                request_id=self._id,
-                adapter=digest,
-                prompt=self._request.prompt,
-                sampling=self._request.sampling,
-                n=self._request.n,
-                echo=self._request.echo,
-            ),
-            self._stream,
-        )
+        link.submit(self._message(), self._stream)
         try:
             if loading is not None:
                 loaded = await asyncio.shield(loading)  # others wait for the same load
             started = await self._stream.next()
         except ServerlessLoraError:
             link.abort(self._id)
+            self._control.queue.left(self._id)
             raise
         assert isinstance(started, Started)
         parts = [("backbone", placed.backbone_s if rung == "backbone" else 0.0), ("worker", placed.worker_s)]
@@ -114,3 +186,77 @@ class FleetGeneration:
             parts.append(("adapter", loaded.seconds))
         self._cold = Cold(rung=rung, parts=tuple((name, seconds) for name, seconds in parts if seconds > 0))
         return started
+
+    async def _place(self, turn: asyncio.Future[None]) -> Placed:
+        """The worker. A request that is refused while its worker starts does not wait for the start."""
+        if (link := self._control.workers.serving(self._domain)) is not None:
+            return Placed(link, 0.0, 0.0)
+        placing = asyncio.ensure_future(self._control.workers.place(self._domain, self._service))
+        try:
+            either: list[asyncio.Future[Any]] = [placing, turn]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if turn.done():
+                turn.result()
+            return await placing
+        finally:
+            placing.cancel()
+
+    def _ask(self) -> Ask:
+        sampling = self._request.sampling
+        function = self._target.function
+        return Ask(
+            request_id=self._id,
+            function=function.name if function else self._target.backbone.name,
+            tenant=function.tenant if function else None,
+            domain=self._domain,
+            device=self._control.device,
+            prompt_tokens=estimated_tokens(self._request.prompt),
+            max_tokens=sampling.max_tokens or self._service.context_length or 0,
+            arrived_at=self._account.arrived_at,
+            deadline=self._deadline or math.inf,
+            sequences=self._request.n,
+            backbone=self._target.backbone.name,
+        )
+
+    @property
+    def _deadline(self) -> float | None:
+        """When its first token is too late to be worth computing.
+
+        A start that takes longer than the objective misses it, and is waited for all the same, as long as any start
+        is; only a client that says itself how long it will wait is not kept longer.
+        """
+        if not self._control.keeps_deadlines or (self._request.is_batch and self._request.slo_ttft_s is None):
+            return None
+        patience_s = self._control.cold_timeout_s if self._cold_s and self._request.slo_ttft_s is None else 0.0
+        return self._account.arrived_at + self._slo_s + patience_s
+
+    def _message(self) -> Generate:
+        return Generate(
+            request_id=self._id,
+            adapter=self._target.digest,
+            prompt=self._request.prompt,
+            sampling=self._request.sampling,
+            n=self._request.n,
+            echo=self._request.echo,
+            deadline=self._deadline,
+        )
+
+    def _new_stream(self) -> WatchedStream:
+        return WatchedStream(self._on_first_token, self._on_end)
+
+    def _on_first_token(self) -> None:
+        self._account.saw_token()
+        self._control.queue.first_token(self._id)
+
+    def _on_end(self, spent: Spent) -> None:
+        self._control.queue.left(self._id, prompt_tokens=spent.prompt_tokens, output_tokens=spent.completion_tokens)
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    if isinstance(prompt, TokensPrompt):
+        return len(prompt.token_ids)
+    if isinstance(prompt, ChatPrompt):
+        size = sum(len(str(message.get("content") or "")) for message in prompt.messages)
+    else:
+        size = len(prompt.text)
+    return size // CHARACTERS_PER_TOKEN + 1

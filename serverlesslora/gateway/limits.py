@@ -66,6 +66,23 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     raise HTTPException(413, f"The body is larger than {limit} bytes.", {"connection": "close"})
 
 
+OBJECTIVE_HEADER = "x-slo-ttft-ms"
+
+
+def objective_of(request: Request) -> float | None:
+    """How long the client will wait for its first token, in seconds, if it says so. Raises InvalidRequest."""
+    value = request.headers.get(OBJECTIVE_HEADER)
+    if value is None:
+        return None
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = 0.0
+    if not 0 < milliseconds < float("inf"):
+        raise InvalidRequest(f"The header {OBJECTIVE_HEADER} must be a number of milliseconds above 0.")
+    return milliseconds / 1000
+
+
 _decode = msgspec.json.Decoder().decode  # strict: no NaN, no Infinity, no lone surrogates, no invalid UTF-8
 
 

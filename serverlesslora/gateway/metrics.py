@@ -142,6 +142,11 @@ class _State(Collector):
         ):
             yield GaugeMetricFamily(f"vllm:{name}", text, value)
             yield GaugeMetricFamily(f"serverlesslora_{name}", text, value)
+        for name, text, size in (
+            ("memory_held_bytes", "Held by backbones, processes, adapters and KV.", stats.held_bytes),
+            ("memory_capacity_bytes", "What the server may hold.", stats.capacity_bytes),
+        ):
+            yield GaugeMetricFamily(f"serverlesslora_{name}", text, size)
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters that are loaded and adapters that requests wait for; the value is the time of the reading.",

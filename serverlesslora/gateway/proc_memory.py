@@ -48,7 +48,7 @@ def read(pids: Collection[int], walk: Collection[int], root: Path = Path("/")) -
 
 def read_machine(root: Path = Path("/")) -> Machine:
     """Memory of the machine, or what the control groups (version 1 or 2) above this process leave of it."""
-    meminfo = _fields((root / "proc/meminfo").read_text())
+    meminfo = _fields((root / "proc/meminfo").read_text(errors="replace"))
     capacity, available = meminfo["MemTotal"], meminfo.get("MemAvailable", meminfo["MemFree"])
     for group, names in _control_groups(root):
         limit, used = _number(group / names.limit), _number(group / names.usage)
@@ -74,7 +74,7 @@ def _control_groups(root: Path) -> list[tuple[Path, _Names]]:
     """This process's memory groups, innermost first. In a container the path may be one of the host's: the mount's
     root is then its group."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
     except OSError:
         return []
     groups = []
@@ -93,14 +93,14 @@ def _control_groups(root: Path) -> list[tuple[Path, _Names]]:
 
 def _number(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        return int(path.read_text(errors="replace"))
     except (OSError, ValueError):  # no such controller; "max"
         return None
 
 
 def _reclaimable(path: Path, name: str) -> int:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
@@ -108,7 +108,7 @@ def _reclaimable(path: Path, name: str) -> int:
 
 def _read_counters(root: Path, pid: int) -> Counters | None:
     try:
-        fields = _fields((root / f"proc/{pid}/status").read_text())
+        fields = _fields((root / f"proc/{pid}/status").read_text(errors="replace"))
     except OSError:
         return None
     if "RssAnon" not in fields:  # it has ended and waits for its parent
@@ -118,7 +118,7 @@ def _read_counters(root: Path, pid: int) -> Counters | None:
 
 def _read_walk(root: Path, pid: int) -> Walk | None:
     try:
-        fields = _fields((root / f"proc/{pid}/smaps_rollup").read_text())
+        fields = _fields((root / f"proc/{pid}/smaps_rollup").read_text(errors="replace"))
     except OSError:  # it is gone, or another user's
         return None
     if "Pss" not in fields:
@@ -139,7 +139,7 @@ def find_children(parents: Collection[int], root: Path = Path("/")) -> dict[int,
     for name in os.listdir(root / "proc"):
         if name.isdecimal():
             try:
-                stat = (root / "proc" / name / "stat").read_text()
+                stat = (root / "proc" / name / "stat").read_text(errors="replace")
             except OSError:  # it has just ended
                 continue
             parent = int(stat.rpartition(")")[2].split()[1])  # the name before may hold anything

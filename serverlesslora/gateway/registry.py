@@ -33,6 +33,8 @@ class Function(msgspec.Struct, frozen=True):
     rank: int = 0
     modules: int = 0
     kinds: tuple[str, ...] = ()
+    slo_ttft_s: float | None = None  # None: the server's
+    pinned: bool = False
 
 
 class Target(NamedTuple):
@@ -50,6 +52,7 @@ class Registry:
     def __init__(self, backbones: list[Backbone]) -> None:
         self._backbones = {backbone.name: backbone for backbone in backbones}
         self._functions: dict[str, Function] = {}
+        self.version = 0  # counts changes, for those who keep something computed from all functions
 
     def resolve(self, name: str) -> Target:
         """Raises ModelNotFound; an unknown name is never answered by a backbone."""
@@ -75,6 +78,7 @@ class Registry:
         self.check_name(function.name)
         previous = self._functions.get(function.name)
         self._functions[function.name] = function
+        self.version += 1
         return previous
 
     def check_name(self, name: str) -> None:
@@ -82,6 +86,7 @@ class Registry:
             raise InvalidRequest(f"'{name}' conflicts with a served base model.", param="lora_name")
 
     def remove(self, name: str) -> Function | None:
+        self.version += 1
         return self._functions.pop(name, None)
 
     def backbones(self) -> Iterator[Backbone]:

@@ -13,6 +13,7 @@ from serverlesslora.gateway.worker_state import WorkerEvent, WorkerState, advanc
 from serverlesslora_ipc.channel import AsyncChannel, ChannelClosed
 from serverlesslora_ipc.messages import (
     Abort,
+    Aborted,
     Delta,
     Failed,
     Finished,
@@ -24,6 +25,7 @@ from serverlesslora_ipc.messages import (
     Ready,
     Refused,
     Shutdown,
+    Spent,
     Started,
     Stats,
     UnloadAdapter,
@@ -37,9 +39,10 @@ StreamEvent = Started | PromptEcho | Delta | Finished
 class RemoteError(ServerlessLoraError):
     """A failure reported by a worker, as it should reach the client."""
 
-    def __init__(self, error: WireError) -> None:
+    def __init__(self, error: WireError, spent: Spent) -> None:
         super().__init__(error.message, param=error.param, code=error.code)
         self.status = error.status
+        self.spent = spent
         self._type = error.type
 
     def to_wire(self) -> WireError:
@@ -51,17 +54,22 @@ class Stream:
 
     def __init__(self) -> None:
         self.has_started = False
+        self.spent: Spent | None = None  # known when its last event has arrived, even if nobody has read that
         self._events: deque[StreamEvent] = deque()
         self._error: ServerlessLoraError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: StreamEvent) -> None:
         self.has_started = self.has_started or isinstance(event, Started)
+        if isinstance(event, Finished):
+            self.spent = event.spent
         self._events.append(event)
         self._wake()
 
     def fail(self, error: ServerlessLoraError) -> None:
         self._error = self._error or error
+        if isinstance(error, RemoteError):
+            self.spent = error.spent
         self._wake()
 
     async def next(self) -> StreamEvent:
@@ -90,6 +98,9 @@ class WorkerLink:
     ) -> None:
         self.worker_id = worker_id
         self.domain = domain
+        self.load_seconds: float | None = None  # of the last adapter
+        self.backbone = ""  # told by who takes it in
+        self.on_change: Callable[[WorkerLink], None] = lambda link: None  # it holds other adapters than before
         self.state = WorkerState.STARTING
         self.pid: int | None = None
         self.started_at = time.monotonic()
@@ -97,12 +108,14 @@ class WorkerLink:
         self.heard_at = self.started_at  # the worker's last sign of life
         self.stats: Stats | None = None
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Nobody may be waiting any more when it fails.
         self.ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
         self._adapter_bytes = adapter_bytes
         self._end_process = end_process
         self._channel = channel
         self._streams: dict[str, tuple[Stream, str | None]] = {}
+        self._on_spent: dict[str, Callable[[Spent], None]] = {}  # of aborted requests whose end is not known yet
         self._adapters: OrderedDict[str, asyncio.Future[Loaded]] = OrderedDict()  # least recently used first
 
     # --- what the fleet asks
@@ -122,6 +135,15 @@ class WorkerLink:
     @property
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._adapters)
+
+    @property
+    def loaded(self) -> dict[str, int]:
+        """Bytes of each adapter that is loaded, by digest."""
+        return {
+            digest: loading.result().size_bytes
+            for digest, loading in self._adapters.items()
+            if loading.done() and not loading.cancelled() and loading.exception() is None
+        }
 
     def load(self, digest: str, path: str) -> asyncio.Future[Loaded]:
         """Start loading unless it is loaded or under way. Raises AdapterInvalid through the result.
@@ -145,6 +167,7 @@ class WorkerLink:
         elif loading is not None:
             del self._adapters[digest]
             self._send(UnloadAdapter(digest=digest))
+            self.on_change(self)
 
     def submit(self, request: Generate, stream: Stream) -> None:
         self.last_used = time.monotonic()
@@ -153,10 +176,19 @@ class WorkerLink:
         self._streams[request.request_id] = (stream, request.adapter)
         self._send(request)
 
-    def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
-            self.last_used = time.monotonic()
-            self._send(Abort(request_id=request_id))
+    def abort(self, request_id: str, on_spent: Callable[[Spent], None] | None = None) -> bool:
+        """End a request nobody waits for; its stream gets nothing more. False: it had ended, or was never here.
+
+        If True, `on_spent` is called exactly once, later: with what the request has cost, or with `Spent()` when
+        the worker dies before it could tell. If False it is never called: `Stream.spent` knows.
+        """
+        if self._streams.pop(request_id, None) is None:
+            return False
+        self.last_used = time.monotonic()
+        if on_spent is not None:
+            self._on_spent[request_id] = on_spent
+        self._send(Abort(request_id=request_id))
+        return True
 
     def retire(self) -> None:
         """Ask it to leave. Only for a worker without open requests."""
@@ -182,8 +214,11 @@ class WorkerLink:
         finally:
             self._advance(WorkerEvent.GONE)
             self._channel.close()
-            on_gone(self)
-            self._fail_all()
+            self.gone.set_result(None)
+            try:
+                on_gone(self)
+            finally:
+                self._fail_all()
 
     def _deliver(self, message: WorkerToGateway) -> None:
         match message:
@@ -193,17 +228,21 @@ class WorkerLink:
             case Finished():
                 if entry := self._streams.pop(message.request_id, None):
                     entry[0].put(message)
-                self.last_used = time.monotonic()
+                self._ended(message.request_id, message.spent)
             case Failed():
                 if entry := self._streams.pop(message.request_id, None):
-                    entry[0].fail(RemoteError(message.error))
-                self.last_used = time.monotonic()
+                    entry[0].fail(RemoteError(message.error, message.spent))
+                self._ended(message.request_id, message.spent)
+            case Aborted():
+                self._ended(message.request_id, message.spent)
             case Stats():
                 self.stats = message
             case Loaded():
                 if (loading := self._adapters.get(message.digest)) and not loading.done():
                     loading.set_result(message)
+                    self.load_seconds = message.seconds
                 self._shrink(keep=message.digest)
+                self.on_change(self)
             case Refused():
                 if (loading := self._adapters.pop(message.digest, None)) and not loading.done():
                     loading.set_exception(AdapterInvalid(message.reason, param="lora_path"))
@@ -213,6 +252,13 @@ class WorkerLink:
                 self.last_used = time.monotonic()  # its first request is on the way; starting was not idleness
                 if not self.ready.done():
                     self.ready.set_result(message)
+                self.on_change(self)
+
+    def _ended(self, request_id: str, spent: Spent) -> None:
+        """Whatever its end was: it may have finished or failed just before it heard of its abort."""
+        self.last_used = time.monotonic()
+        if on_spent := self._on_spent.pop(request_id, None):
+            on_spent(spent)
 
     def _shrink(self, *, keep: str) -> None:
         """Forget least recently used adapters while they take more than this worker may hold."""
@@ -236,6 +282,8 @@ class WorkerLink:
         for stream, _ in self._streams.values():
             stream.fail(lost)
         self._streams.clear()
+        while self._on_spent:
+            self._on_spent.popitem()[1](Spent())
 
     def _advance(self, event: WorkerEvent) -> None:
         self.state = advance(self.state, event)
