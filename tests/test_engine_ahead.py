@@ -300,3 +300,22 @@ def test_who_arrives_is_begun_after_the_step_that_is_on_its_way() -> None:
     assert bench.engine._ahead is not None, "no place is free, so nothing is lost by going on"
     bench.run()
     assert third.started is not None
+
+
+def test_the_step_on_its_way_ends_with_the_last_request_even_if_that_was_too_late() -> None:
+    clock = ManualClock()
+    bench = Bench(blocks=64, max_running=1, clock=clock)
+    engine = bench.engine
+    engine._runner.graphs = Graphs(engine._runner, random.Random(0), 1.0)  # type: ignore[assignment]
+    engine._sampler = Ahead()
+    bench.ask("running", [1, 2, 3], max_tokens=30)
+    for _ in range(3):
+        bench.step()
+    bench.ask("waiting", [4, 5, 6], max_tokens=3, deadline=clock.now + 2.0)
+    bench.step()
+    assert engine._ahead is not None
+    clock.now += 3
+    engine.abort("running")
+    assert {type(message) for message in engine.drain()} == {Aborted, Failed}
+    assert not engine.has_work
+    engine.check()

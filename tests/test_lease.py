@@ -237,3 +237,8 @@ def test_a_device_of_ones_own_needs_no_lock() -> None:
         assert waited_s == 0.0
         assert not lease.is_contended()
     lease.close()
+
+
+def test_nobody_who_has_it_can_cut_it_short(fd: int) -> None:
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)

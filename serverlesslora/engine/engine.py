@@ -189,7 +189,7 @@ class Engine:
             for request in dict.fromkeys(late):
                 if request.is_late(now):
                     self._fail(request, DeadlineExceeded(_LATE.format(now - request.submitted_at)))
-        self._tell_ends(self._outbox)
+        self._settle(self._outbox)
         out, self._outbox = self._outbox, []
         return out
 

@@ -182,7 +182,8 @@ class BackboneService:
             return False
         if self._num_waiting or self._workers.pids or time.monotonic() - self._used_at < unused_for_s:
             return False
-        self._ready.clear()
+        if self._failure is None:  # else there is something to tell, and nothing to wait for
+            self._ready.clear()
         self._memory.let_go()
         return True
 
@@ -302,7 +303,11 @@ class BackboneService:
         limits = self._limits
         if self._device != "cpu" and not may_be_spare:
             limits = msgspec.structs.replace(limits, kv_bytes=INSPECTION_KV_BYTES)
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            log.warning("no descriptor is left for a worker of %s: %s", self.name, error)
+            raise Unavailable("the server has no descriptor left for a worker; try again", retry_after_s=5) from None
         channel: AsyncChannel[WorkerToGateway] = AsyncChannel(ours, WorkerToGateway)
         try:
             self._workers.make(
@@ -319,6 +324,8 @@ class BackboneService:
             end_process=functools.partial(self._workers.end_worker, worker_id),
         )
         self._links[worker_id] = link
+        # A launcher that was killed never tells of the workers that outlived it.
+        link.gone.add_done_callback(lambda _: self._workers.pids.pop(worker_id, None))
         link.ready.add_done_callback(functools.partial(self._learn, is_typical=may_be_spare))
         return link
 

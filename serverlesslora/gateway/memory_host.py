@@ -148,7 +148,8 @@ class MemoryHost:
     async def run(self) -> None:
         """Returns when a host that is still wanted has ended."""
         while True:
-            await self._wanted.wait()
+            while not self._wanted.is_set():  # it may have been let go again before this woke
+                await self._wanted.wait()
             host: Child[HostToGateway] = self._start(
                 self._command(adopts=self._sealed is not None), HostToGateway, max_fds=2
             )

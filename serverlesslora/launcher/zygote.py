@@ -257,6 +257,7 @@ class Zygote:
             close_fds(self._spares)
             self._children, self._spares = {}, {}
             process.set_name("slora-spare")
+            process.set_oom_score(500)  # it may hold a whole model of its own
             process.die_with_parent()  # also in the middle of a rehearsal, which takes seconds on a device
             prepared = self._rehearse(prepared, limits)
             messages, fds = waiting.receive()

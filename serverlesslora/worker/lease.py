@@ -107,6 +107,8 @@ class DeviceLease:
 
 def create_lease_fd() -> int:
     """An anonymous file to lock; nothing is left behind when its last holder ends."""
-    fd = os.memfd_create("serverlesslora-lease", os.MFD_CLOEXEC)
+    fd = os.memfd_create("serverlesslora-lease", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, _SIZE)
+    # Every worker maps it: one that cut it short would end all others.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
