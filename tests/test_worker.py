@@ -183,6 +183,8 @@ def test_the_life_of_a_worker_begins_with_nothing_counted(monkeypatch: pytest.Mo
 
     class Prepared:
         device_name = "cpu"
+        libraries_s = load_s = copy_s = 0.0
+        is_rehearsed = False
         device = type("Device", (), {"kind": "cpu"})
         weights = None
 

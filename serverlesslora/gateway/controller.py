@@ -31,6 +31,7 @@ log = logging.getLogger("serverlesslora.controller")
 
 TICK_S = 1.0
 ASK_EVERY_S = 5.0
+PLANNED_ASIDE = 300  # functions; from here on a plan takes long enough to be felt in streams
 PLANNING_SHARE = 0.02  # of a core: planning for very many functions happens less often
 
 
@@ -213,17 +214,23 @@ class Controller:
                 due = [domain for domain, at in self._wake_at.items() if at <= now]
                 if (self._has_news or due) and now >= self._next_plan_at:
                     self._has_news = False
-                    self._plan_and_act()
+                    await self._plan_and_act()
                     for domain in due:  # it had its chance; the next arrival gives it another
                         if self._wake_at.get(domain, inf) <= now:
                             self._wake_at[domain] = inf
             except Exception:  # planning must go on whatever one plan ran into
                 log.exception("a plan could not be made or carried out")
 
-    def _plan_and_act(self) -> None:
+    async def _plan_and_act(self) -> None:
         began = self._clock()
         try:
-            self._carry_out(self.plan().moves)
+            self.holdings.update()
+            if self._registry.num_functions > PLANNED_ASIDE:
+                # It reads only what is replaced as a whole; what has changed meanwhile is seen when it is carried out.
+                plan = await asyncio.to_thread(self._plan, explain=False)
+            else:
+                plan = self._plan(explain=False)
+            self._carry_out(plan.moves)
         finally:
             self._next_plan_at = self._clock() + (self._clock() - began) / PLANNING_SHARE
 
@@ -235,6 +242,9 @@ class Controller:
     def plan(self, *, explain: bool = False) -> Plan:
         """What should lie where now; nothing is done yet."""
         self.holdings.update()
+        return self._plan(explain=explain)
+
+    def _plan(self, *, explain: bool) -> Plan:
         worth = self.catalogue()
         artifacts = {artifact.artifact_id: artifact for artifact in self._candidates(worth)}
         present = self._present(worth)
@@ -243,7 +253,7 @@ class Controller:
         return self.policies.preloader.plan(
             [place],
             list(artifacts.values()),
-            {place.place_id: list(self.holdings.present)},
+            {place.place_id: [artifact.artifact_id for artifact in present]},
             now=self._clock(),
             in_use=[(place.place_id, each) for each in self._in_use(present)],
             explain=explain,
@@ -268,7 +278,7 @@ class Controller:
     def _candidates(self, worth: list[Artifact]) -> Iterator[Artifact]:
         """Not those that were let go for idleness, before it is time."""
         now = self._clock()
-        asleep = {domain for domain, at in self._wake_at.items() if at > now}
+        asleep = {domain for domain, at in dict(self._wake_at).items() if at > now}
         return (each for each in worth if each.pinned or domain_in(each.artifact_id) not in asleep)
 
     def _present(self, worth: list[Artifact]) -> list[Artifact]:
@@ -276,7 +286,7 @@ class Controller:
         known = {artifact.artifact_id: artifact for artifact in worth}
         place = self.holdings.place
         present = []
-        for artifact_id, resident in self.holdings.present.items():
+        for artifact_id, resident in dict(self.holdings.present).items():
             artifact = known.get(artifact_id) or Artifact(
                 artifact_id,
                 resident.kind,

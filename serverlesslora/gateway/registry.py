@@ -93,7 +93,12 @@ class Registry:
         yield from self._backbones.values()
 
     def functions(self) -> Iterator[Function]:
-        yield from self._functions.values()
+        """As they are now, whatever changes while they are read."""
+        yield from list(self._functions.values())
+
+    @property
+    def num_functions(self) -> int:
+        return len(self._functions)
 
 
 def domain_of(target: Target, *, isolation: str) -> str:

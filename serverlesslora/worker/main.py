@@ -48,9 +48,9 @@ log = logging.getLogger("serverlesslora.worker")
 STATS_INTERVAL_S = 0.25
 REST_AFTER_S = 1.0  # a pause shorter than this is part of a conversation: its memory will be wanted again
 STARVED_PAUSE_S = 0.02  # between two attempts to get memory that other workers hold
-# Of one step while others wait for the device: few enough that their next tokens come soon, enough that reading the
-# weights once for all of them is still worth it.
-CONTENDED_STEP_TOKENS = 64
+# Of one step while others wait for the device: few enough that their next tokens come soon, enough to be computed by
+# blocked matrix products (more than the native kernels take), or a short step is no shorter than a long one.
+CONTENDED_STEP_TOKENS = 96
 LEASE_VARIABLE = "SERVERLESSLORA_LEASE"  # "off": no turns, to measure what they are worth (bench/lease.py)
 
 
