@@ -13,6 +13,12 @@ SHAPES = [(1, 1), (3, 31), (4, 32), (5, 33), (17, 100), (64, 128), (130, 896), (
 ROWS = [1, 2, 3, 4, 5, 6, 7, 16, 33, MAX_NATIVE_ROWS, MAX_NATIVE_ROWS + 1]
 
 
+@pytest.fixture(autouse=True)
+def _all_rows_are_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is the kernel, also where torch would be faster for many rows."""
+    monkeypatch.setattr(module, "max_native_rows", lambda: MAX_NATIVE_ROWS)
+
+
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -115,3 +121,10 @@ def test_never_writes_outside_of_its_output() -> None:
         assert torch.equal(around[1 : rows + 1], linear(x, weight))
         assert (around[0] == 7).all()
         assert (around[rows + 1 :] == 7).all()
+
+
+@pytest.mark.parametrize(("flags", "rows"), [({"avx512f"}, 64), ({"avx512f", "amx_bf16"}, 6)])
+def test_tiles_are_left_to_those_who_use_them(monkeypatch: pytest.MonkeyPatch, flags: set[str], rows: int) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(flags))
+    assert module.max_native_rows.__wrapped__() == rows

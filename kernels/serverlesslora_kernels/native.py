@@ -31,11 +31,11 @@ def load(source: str) -> ctypes.CDLL | None:
     """
     if os.environ.get("SERVERLESSLORA_NATIVE") == "0":
         return None
-    cpu_flags = _cpu_flags()
-    if not cpu_flags >= REQUIRED_CPU_FLAGS or not _promote_openmp():
+    flags = cpu_flags()
+    if not flags >= REQUIRED_CPU_FLAGS or not _promote_openmp():
         return None
     try:
-        return _load_or_build(source, cpu_flags)
+        return _load_or_build(source, flags)
     except subprocess.CalledProcessError as error:
         log.warning("native kernel %r was not built, torch is used instead: %s", source, error.stderr.strip())
     except OSError as error:
@@ -54,8 +54,8 @@ def cache_dir() -> Path:
     return Path(root) / "serverlesslora" / "native"
 
 
-def _load_or_build(source: str, cpu_flags: frozenset[str]) -> ctypes.CDLL | None:
-    cached = cache_dir() / f"{_key(source, cpu_flags)}.so"
+def _load_or_build(source: str, flags: frozenset[str]) -> ctypes.CDLL | None:
+    cached = cache_dir() / f"{_key(source, flags)}.so"
     if cached.exists():
         return ctypes.CDLL(str(cached))
     compiler = _compiler()
@@ -95,9 +95,9 @@ def _install(built: Path, cached: Path) -> None:
         raise
 
 
-def _key(source: str, cpu_flags: frozenset[str]) -> str:
+def _key(source: str, flags: frozenset[str]) -> str:
     digest = hashlib.sha256()
-    for part in (source, *FLAGS, torch.__version__, *sorted(cpu_flags)):
+    for part in (source, *FLAGS, torch.__version__, *sorted(flags)):
         digest.update(part.encode() + b"\0")
     for path in (SOURCES / f"{source}.c", *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes() + b"\0")
@@ -109,7 +109,7 @@ def _compiler() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return frozenset()
     with open("/proc/cpuinfo") as cpuinfo:
