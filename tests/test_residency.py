@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverlesslora.gateway.residency import Resident, ResidencyMeter
+from serverlesslora.gateway.residency import ResidencyMeter, Resident
 
 WORKER = Resident("worker", 100, domain="d")
 
@@ -59,7 +59,8 @@ Steps = st.lists(
 def test_sums_equal_the_integral_however_often_it_is_read(steps: list[tuple[float, dict[str, int], bool]]) -> None:
     clock = Clock()
     counted = meter(clock)
-    expected, present = 0.0, {}
+    expected = 0.0
+    present: dict[str, int] = {}
     rows = []
     for seconds, following, reads in steps:
         clock.now += seconds

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Play a trace of requests on a simulated cluster with the live server's own policies, and with those of other systems.
 TRACE is JSON lines {"timestamp": ms, "model": name, "input_length": tokens, "output_length": tokens} or a csv table of
-invocations per minute (Azure Functions 2019); either may be gzipped. The same input and seed give the same output."""
+invocations per minute (Azure Functions 2019); either may be gzipped. The same input and seed give the same output.
+
+Money is counted twice: by the share of devices' memory that is held, and by whole devices while anything is on them.
+This server's rows refuse whom the SLO cannot be kept for, as it does live; the other systems know no SLO and refuse by
+the cluster's patience_s alone. `deadline` in the cluster file makes all refuse alike."""
 
 
 def add_parsers(commands: Subparsers) -> None:

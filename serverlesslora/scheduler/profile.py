@@ -1,4 +1,4 @@
-"""What was measured of a running server, in a file: the simulator's latencies and sizes, the policies' first guesses."""
+"""What was measured of a running server, in a file: the simulator's latencies and sizes, the policies' first guess."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from serverlesslora.errors import ConfigError
 from serverlesslora.scheduler.profile import Profile, read_profile
 from serverlesslora.scheduler.settings import PolicySettings
 
+Deadline = Literal["objective", "patience"]
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -71,6 +72,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: Count = 64  # sequences a worker runs at once
     max_queue: Count = 512  # requests a domain may have waiting on one device
     patience_s: Positive = 60.0  # a request that got no worker for so long is refused, under every system
+    # When a first token is too late to be worth computing; None leaves what the system says: objective (who cannot have
+    # it within functions.slo_ttft_s is refused, unless its worker is starting) or patience (within patience_s).
+    deadline: Deadline | None = None
     warm_pool: Annotated[int, Meta(ge=0)] = 1  # spare workers of each device, where a system forks workers
     refill_s: Annotated[float, Meta(ge=0)] = 1.0  # from a spare's use until the next one is begun
     plan_every_s: Positive = 60.0  # between plans of the preloader

@@ -106,6 +106,7 @@ class Device:
         "host",
         "index",
         "is_open",
+        "launcher_at",
         "memory_since",
         "num_active",
         "num_rows",
@@ -117,7 +118,6 @@ class Device:
         "spares",
         "steps",
         "used",
-        "used_by_spares",
         "version",
         "workers",
     )
@@ -144,11 +144,11 @@ class Device:
         self.occupied_s = 0.0  # with anything in its memory
         self.memory_since = 0.0
         self.workers: dict[int, Worker] = {}  # domain -> its worker here
-        self.is_open = False  # holds the shared backbone, or begins to
+        self.is_open = False  # holds the shared backbone, or begins to; without sharing: has a launcher
         self.closing = False  # gets no new domain; given up when the last worker has gone
         self.backbone_at = math.inf  # when the shared backbone is there
+        self.launcher_at = math.inf  # when its launcher can fork
         self.spares: list[float] = []  # when each spare worker is ready
-        self.used_by_spares = 0  # bytes, where spares do not come and go with a shared backbone
         self.can_give = 0  # bytes it could be relieved of when that was not enough,
         self.asked_at = -math.inf  # and when that was
         self.blocked: deque[int] = deque()  # sent requests that wait for its memory

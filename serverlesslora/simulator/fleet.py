@@ -1,4 +1,4 @@
-"""Devices and the workers on them: where a domain's worker goes, what its start costs, and what leaves to make room."""
+"""Devices and the workers on them: how workers come and go, what they hold, and what leaves to make room."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from serverlesslora.scheduler.policies import Policies
 from serverlesslora.simulator.calendar import IDLE, READY, WAKE, Calendar
 from serverlesslora.simulator.cluster import Cluster
 from serverlesslora.simulator.device import Device, Host, Worker
+from serverlesslora.simulator.starting import Starts
 from serverlesslora.simulator.systems import System
 
 HOST_SHARE_FOR_ADAPTERS = 0.25  # of a host's memory, for adapters that left a device
@@ -68,52 +69,41 @@ class Fleet:
         self.num_starts = 0
         self.num_ahead = 0  # of them, before any request asked
         self.num_moved_out = 0
-        forked = system.start == "fork"
-        self.process_bytes = profile.worker_bytes if forked else profile.process_bytes
-        self.open_bytes = self.backbone.size_bytes + config.warm_pool * profile.worker_bytes
-        self._num_spares = config.warm_pool if forked else 0
-        if forked and not system.sharing:  # the launchers run all the time, as ours do where a backbone is
-            for device in self.devices:
-                device.spares = [0.0] * self._num_spares
-                device.used_by_spares = self._num_spares * profile.worker_bytes
-                device.hold(device.used_by_spares, 0.0)
+        self.starts = Starts(
+            system,
+            profile,
+            self.backbone,
+            devices=self.devices,
+            hosts=self.hosts,
+            warm_pool=config.warm_pool,
+            refill_s=config.refill_s,
+        )
+        self.process_bytes = self.starts.process_bytes
+        self.open_bytes = self.starts.open_bytes
         # A profile without times for it was measured where devices compute in the host's own memory.
         self._has_host_tier = profile.adapter_ram_s > 0 or profile.adapter_ram_byte_s > 0
         if config.started and system.sharing:
             first = self.devices[0]
-            self.open_device(first, 0.0)
-            first.backbone_at = 0.0
-            first.spares = [0.0] * self._num_spares
+            self.starts.open(first, 0.0)
+            first.backbone_at = first.launcher_at = 0.0
+            first.spares = [0.0] * len(first.spares)
 
     # --- life of workers
 
     def worker_bytes(self, device: Device) -> int:
         """What a new worker takes there at once."""
-        if not self.system.sharing:
-            return self.process_bytes + self.backbone.size_bytes
-        return self.process_bytes + (0 if device.is_open else self.open_bytes)
+        own = self.process_bytes + (0 if self.sharing else self.backbone.size_bytes)
+        return own + (0 if device.is_open else self.open_bytes)
 
     def start(self, domain: int, device: Device, now: float, more_bytes: int = 0) -> Worker | None:
         """A worker that becomes ready later; None where there is no room for it and `more_bytes`, after all."""
         if not self.make_room(device, self.worker_bytes(device) + more_bytes, now):
             return None
-        waits = "worker"
-        if self.system.sharing:
-            if not device.is_open:
-                self.open_device(device, now)
-            at = max(now, device.backbone_at)
-            waits = "backbone" if device.backbone_at > now else "worker"
-            at = max(at, self._process_at(device, domain, now))
-            num_bytes = self.process_bytes
-        else:
-            at = self._process_at(device, domain, now)
-            if domain not in device.host.containers:
-                at = max(at, self._checkpoint_at(device.host, now))
-            at += self.backbone.copy_s
-            waits = "backbone"
-            num_bytes = self.process_bytes + self.backbone.size_bytes
+        waits_for_backbone = self.starts.waits_for_backbone(device, now)
+        at = self.starts.begin(domain, device, now)
+        num_bytes = self.process_bytes + (0 if self.sharing else self.backbone.size_bytes)
         worker = Worker(domain, device, num_bytes, now, at)
-        worker.waits = waits
+        worker.waits = "backbone" if waits_for_backbone else "worker"
         worker.is_extra = bool(self.workers[domain])
         self._adopt(worker, now)
         self._calendar.add(at, READY, worker)
@@ -140,42 +130,9 @@ class Fleet:
         worker.device.workers[worker.domain] = worker
         self.workers[worker.domain].append(worker)
 
-    def _process_at(self, device: Device, domain: int, now: float) -> float:
-        """When a new process there can take its model."""
-        profile = self.profile
-        if self.system.start == "container" and domain in device.host.containers:
-            return now
-        if self.system.start != "fork":
-            return now + profile.libraries_s
-        spares = device.spares
-        if spares and spares[0] <= now:
-            del spares[0]
-            spares.append(now + self.config.refill_s + profile.worker_s)
-            return now + profile.spare_s
-        return now + profile.worker_s
-
-    def _checkpoint_at(self, host: Host, now: float) -> float:
-        """When the base checkpoint is in the host's memory: after its first use it stays there."""
-        if host.checkpoint_at is None:
-            host.checkpoint_at = now + max(0.0, self.backbone.load_s - self.backbone.copy_s)
-            host.hold(self.backbone.size_bytes, now)
-        return max(now, host.checkpoint_at)
-
-    def open_device(self, device: Device, now: float) -> None:
-        """Load the shared backbone there, and start the spares that go with it."""
-        device.hold(self.open_bytes, now)
-        device.is_open, device.closing = True, False
-        device.backbone_at = self._checkpoint_at(device.host, now) + self.backbone.copy_s
-        device.spares = [device.backbone_at + self.profile.worker_s] * self._num_spares
-
-    def close_device(self, device: Device, now: float) -> None:
-        assert not device.workers
-        device.is_open, device.closing = False, False
-        device.spares = []
-        device.hold(-self.open_bytes, now)
-
-    def retire(self, worker: Worker, now: float) -> None:
-        """It leaves at once; its adapters stay in host memory as long as there is room."""
+    def retire(self, worker: Worker, now: float, *, for_another: bool = False) -> None:
+        """It leaves at once; its adapters stay in host memory as long as there is room. With it goes what its device
+        keeps open for workers alone, unless it leaves for another one there."""
         assert not worker.open and not worker.is_gone
         device = worker.device
         worker.is_gone = True
@@ -186,8 +143,8 @@ class Fleet:
             for function in worker.adapters:
                 self._to_host(device.host, function, now)
         device.hold(-(worker.bytes + (worker.inner if worker.budget is None else 0)), now)
-        if device.closing and not device.workers:
-            self.close_device(device, now)
+        if not device.workers and not for_another and device.is_open and (device.closing or not self.sharing):
+            self.starts.close(device, now)
         self._on_gone(worker)
 
     def _to_host(self, host: Host, function: int, now: float) -> None:
@@ -224,7 +181,7 @@ class Fleet:
                 now,
                 idle_since=worker.idle_since,
                 size_bytes=worker.bytes + worker.inner,
-                delay_s=self.start_delay_s(),
+                delay_s=self.starts.again_s(worker.domain, now),
             )
             at = worker.idle_since + wait.seconds
         if at > now:
@@ -235,7 +192,8 @@ class Fleet:
         held_bytes = worker.bytes + worker.inner
         self.retire(worker, now)
         if is_last:
-            again = self.policies.keep_alive.wake_in(names, now, size_bytes=held_bytes, delay_s=self.start_delay_s())
+            again_s = self.starts.again_s(worker.domain, now)
+            again = self.policies.keep_alive.wake_in(names, now, size_bytes=held_bytes, delay_s=again_s)
             if again is not None:
                 self._calendar.add(now + again.seconds, WAKE, worker.domain)
         return True
@@ -252,7 +210,7 @@ class Fleet:
     def take(self, worker: Worker, num_bytes: int, now: float) -> bool:
         """Memory for an adapter or KV, or no change."""
         if worker.budget is not None:
-            if worker.inner + num_bytes > worker.budget and not self._drop_adapters(worker, num_bytes):
+            if worker.inner + num_bytes > worker.budget and not self._drop_adapters(worker, num_bytes, now):
                 return False
         elif not self.make_room(worker.device, num_bytes, now):
             return False
@@ -266,13 +224,13 @@ class Fleet:
         if worker.budget is None:
             worker.device.hold(-num_bytes, now)
 
-    def _drop_adapters(self, worker: Worker, num_bytes: int) -> bool:
+    def _drop_adapters(self, worker: Worker, num_bytes: int, now: float) -> bool:
         """Inside a process with memory of its own: least recently used first, as every engine's adapter cache."""
         assert worker.budget is not None
         for function in [f for f in worker.adapters if not worker.users.get(f)]:
             if worker.inner + num_bytes <= worker.budget:
                 break
-            self.drop_adapter(worker, function, 0.0)
+            self.drop_adapter(worker, function, now)
         return worker.inner + num_bytes <= worker.budget
 
     def drop_adapter(self, worker: Worker, function: int, now: float) -> None:
@@ -311,7 +269,7 @@ class Fleet:
             worker, function = owners[eviction.artifact_id]
             self.num_moved_out += 1
             if function is None:
-                self.retire(worker, now)
+                self.retire(worker, now, for_another=True)
             elif function in worker.adapters and not worker.is_gone:
                 self.drop_adapter(worker, function, now)
         return num_bytes <= device.free
@@ -334,8 +292,8 @@ class Fleet:
         owners: dict[str, tuple[Worker, int | None]] = {}
         parents: tuple[str, ...] = ()
         if device.is_open:
-            artifacts.append(Artifact("backbone", "backbone", "device", self.open_bytes, 1.0, 1.0, pinned=True))
-            parents = ("backbone",)
+            artifacts.append(Artifact("open", "backbone", "device", self.open_bytes, 1.0, 1.0, pinned=True))
+            parents = ("open",)
         for worker in device.workers.values():
             owner = f"worker:{worker.domain}"
             owners[owner] = (worker, None)
@@ -357,14 +315,8 @@ class Fleet:
                         adapter, "adapter", "device", self.adapter_bytes, delay, expected, (owner,), last_used=used
                     )
                 )
-            delay = self.start_delay_s()
+            delay = self.starts.again_s(worker.domain, now)
             artifacts.append(
                 Artifact(owner, "worker", "device", worker.bytes, delay, total, parents, last_used=worker.idle_since)
             )
         return artifacts, in_use, owners
-
-    def start_delay_s(self) -> float:
-        """Of a worker where all else is there."""
-        if self.system.start == "fork":
-            return self.profile.spare_s + (0.0 if self.system.sharing else self.backbone.copy_s)
-        return self.profile.libraries_s + self.backbone.copy_s

@@ -16,7 +16,7 @@ def install(fleet: Fleet, calls: Iterable[int]) -> list[Worker]:
     """
     system, functions = fleet.system, fleet.functions
     share, devices = system.share_of_device, fleet.devices
-    devices = devices[: max(1, round(system.share_of_devices * len(devices)))]
+    devices = devices[: system.num_devices]
     if system.unit == "all":
         placed = [worker for device in devices if (worker := fleet.install(0, device, share)) is not None]
     else:

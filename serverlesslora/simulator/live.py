@@ -1,7 +1,7 @@
 """One device as a live server has it, to check the simulator against the server: the same trace, the same profile.
 
-What differs from a cluster: the backbone and its spares are there when the trace begins, there is one device, adapters
-come from disk where the profile knows no other way, and the settings are the server's own.
+What differs from a cluster: the backbone and its spares are there when the trace begins, if the server preloads; there
+is one device; adapters come from disk where the profile knows no other way; the settings are the server's own.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ class Server(NamedTuple):
     memory_bytes: int = 16_000_000_000  # for the backbone, workers, adapters and KV together
     adapter_bytes: int = 1_000_000
     tenant_of: Mapping[str, str] = {}  # functions without one are their own
-    patience_s: float = 60.0  # after which a request that waits is refused; the server's deadline, where it has one
+    patience_s: float = 60.0  # how long a start is waited for; beyond it a request that waits is refused
     plan_every_s: float = 5.0
     shares_one_domain: bool = False  # --isolation shared
 
 
 def simulate_server(trace: Trace, profile: Profile, server: Server, *, backbone: str | None = None) -> Report:
     """Raises ConfigError when the profile does not fit."""
+    starts_alone = server.settings.preload == "off"  # no launcher: every worker is a fresh process
     config = ClusterConfig(
         profile="",
         devices=DeviceConfig(count=1, memory_gb=server.memory_bytes / 1e9, price_per_hour=1.0),
@@ -51,7 +52,7 @@ def simulate_server(trace: Trace, profile: Profile, server: Server, *, backbone:
         patience_s=server.patience_s,
         warm_pool=server.warm_pool,
         plan_every_s=server.plan_every_s,
-        started=True,
+        started=not starts_alone,
     )
     cluster = make_cluster(config, profile)
     system = System(
@@ -60,5 +61,6 @@ def simulate_server(trace: Trace, profile: Profile, server: Server, *, backbone:
         server.settings,
         unit="all" if server.shares_one_domain else "tenant",
         keep_alive_s=server.idle_timeout_s,
+        start="process" if starts_alone else "fork",
     )
     return make_report(trace, cluster, system, Simulation(trace, cluster, system).run())

@@ -12,6 +12,7 @@ from serverlesslora.simulator.fleet import Fleet
 from serverlesslora.simulator.routing import Router
 
 BUSIER = 3.0  # bursts may keep so many times more workers busy than the last interval did on average
+OPEN = "open"  # the artifact of what an open device holds besides workers
 CONTAINER_SHARE = 0.9  # of a host's memory, for idle containers with a model in each
 
 
@@ -64,7 +65,7 @@ class Planner:
         for worker in [worker for worker in last.workers.values() if not worker.open and worker.serving]:
             self._fleet.retire(worker, now)
         if last.closing and not last.workers:
-            self._fleet.close_device(last, now)
+            self._fleet.starts.close(last, now)
 
     # --- idle containers of systems that prepare them
 
@@ -98,9 +99,7 @@ class Planner:
         in_use: set[tuple[str, str]] = set()
         for place in places:
             device = fleet.devices[int(place.place_id.partition(":")[2])]
-            here = placed[place.place_id] = ["backbone"] if device.is_open else []
-            if device.used_by_spares:
-                here.append("spares")
+            here = placed[place.place_id] = [OPEN] if device.is_open else []
             for worker in device.workers.values():
                 here.append(f"worker:{worker.domain}")
                 if worker.open or not worker.serving:
@@ -123,7 +122,6 @@ class Planner:
         system = fleet.system
         least = self._settings.min_gain_per_gb / 1e9
         own = fleet.process_bytes + (0 if system.sharing else fleet.backbone.size_bytes)
-        start_s = fleet.start_delay_s()
         profile, size = fleet.profile, fleet.adapter_bytes
         disk_s = profile.adapter_s + size * profile.adapter_byte_s
         ram_s = profile.adapter_ram_s + size * profile.adapter_ram_byte_s
@@ -136,12 +134,13 @@ class Planner:
             rates = [fleet.rate(function, now) for function in members]
             rate = sum(rates)
             total += rate
+            start_s = fleet.starts.again_s(domain, now)
             if not here and rate * start_s / own < least:
                 continue
             copies = max(1, len(here))
             name = f"worker:{domain}"
             owners[name] = (domain, None)
-            needs = ("backbone",) if system.sharing else ()
+            needs = (OPEN,) if system.sharing else ()
             used = max((worker.idle_since for worker in here), default=-math.inf)
             artifacts.append(Artifact(name, "worker", "device", own, start_s, rate, needs, copies, False, used))
             resident = {function for worker in here for function in worker.adapters}
@@ -169,14 +168,11 @@ class Planner:
         if system.sharing:
             copies = max(1, sum(device.is_open and not device.closing for device in fleet.devices))
             held, delay_s = fleet.open_bytes, fleet.backbone.copy_s
-            artifacts.append(
-                Artifact("backbone", "backbone", "device", held, delay_s, total, copies=copies, pinned=True)
-            )
-            owners["backbone"] = (-1, None)
-        elif spares := fleet.devices[0].used_by_spares:
-            count = len(fleet.devices)
-            artifacts.append(Artifact("spares", "process", "device", spares, 1.0, 1.0, copies=count, pinned=True))
-            owners["spares"] = (-1, None)
+            artifacts.append(Artifact(OPEN, "backbone", "device", held, delay_s, total, copies=copies, pinned=True))
+            owners[OPEN] = (-1, None)
+        elif copies := sum(device.is_open for device in fleet.devices):
+            artifacts.append(Artifact(OPEN, "process", "device", fleet.open_bytes, 1.0, 1.0, (), copies, True))
+            owners[OPEN] = (-1, None)
         return artifacts, owners
 
     def _carry_out(self, move: Move, owner: tuple[int, int | None], now: float) -> bool:

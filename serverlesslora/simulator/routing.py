@@ -75,10 +75,12 @@ class Router:
             return best
         if best is not None:
             # A second worker of a domain reads the backbone once more per round: only where nobody minds, and for a
-            # clear gain.
-            prefill_s = prompt_tokens * self._steps.prefill_token_s
-            new_s = fleet.start_delay_s() + spot.device.round_s + prefill_s
-            if spot.is_full or 2 * new_s > best_s:
+            # clear gain once it serves. Where its start takes longer than this request waits, it is for those to come.
+            served_s = spot.device.round_s + prompt_tokens * self._steps.prefill_token_s
+            if spot.is_full or 2 * served_s > best_s:
+                return best
+            if fleet.starts.ready_at(domain, spot.device, now) - now + served_s > best_s:
+                fleet.start(domain, spot.device, now, more_bytes)
                 return best
             if not best.open and best.serving:
                 fleet.retire(best, now)  # it moves
@@ -102,7 +104,8 @@ class Router:
         """The device for a new worker; where it does not fit even without all that is idle, there is none.
 
         Devices that hold the backbone come first, until the least crowded of them is full; a further one costs another
-        copy. Without sharing every device is alike and the least crowded wins. A device is full when one more busy
+        copy. Without sharing the least crowded wins, of those whose host has the domain's waiting container, if any
+        does: room may have to be made there, which costs less than libraries. A device is full when one more busy
         worker would be too many, or when less than `reserve_bytes` would be left for the worker to grow.
         """
         fleet, crowd = self._fleet, self.crowd
@@ -120,7 +123,8 @@ class Router:
                     continue
             is_full = device.num_active >= crowd or room < reserve_bytes
             rank = 2 if is_full else 0 if not fleet.sharing or (device.is_open and not device.closing) else 1
-            key = (rank, is_short, device.num_active, len(device.workers), device.index)
+            is_elsewhere = fleet.system.start == "container" and domain not in device.host.containers
+            key = (rank, is_elsewhere, is_short, device.num_active, len(device.workers), device.index)
             if best is None or key < best_key:
                 best, best_key = device, key
         return None if best is None else Spot(best, best_key[0] == 2)

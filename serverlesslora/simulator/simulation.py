@@ -76,6 +76,7 @@ class Simulation:
         self.planner = Planner(self.fleet, self.router, self.policies, self.settings)
         self._steps = self.fleet.steps
         self._gateway_s = cluster.profile.gateway_s
+        self._knows_objectives = (config.deadline or system.deadline) == "objective"
         self._on_progress = on_progress
         self._check = check
         steps = self.fleet.steps
@@ -118,8 +119,7 @@ class Simulation:
         if self.system.life == "always":
             for worker in install(self.fleet, self._function):
                 self._dispatchers[worker.device.index].open(str(worker.domain), 0.0)
-        else:
-            self.calendar.add(0.0, PLAN, None)
+        self.calendar.add(0.0, PLAN, None)
         entries, times, num = self.calendar.entries, self._times, len(self._times)
         handlers = self._handlers
         arrived = 0
@@ -184,11 +184,9 @@ class Simulation:
             self._unplaced[domain] = deque([request])
 
     def _could_ever_fit(self, request: int) -> bool:
-        device = self.fleet.devices[0]
-        own = self.fleet.process_bytes + (
-            self.fleet.open_bytes if self.system.sharing else self.fleet.backbone.size_bytes + device.used_by_spares
-        )
-        return own + self.fleet.adapter_bytes + self._kv[request] <= device.capacity
+        fleet = self.fleet
+        own = fleet.process_bytes + fleet.open_bytes + (0 if fleet.sharing else fleet.backbone.size_bytes)
+        return own + fleet.adapter_bytes + self._kv[request] <= fleet.devices[0].capacity
 
     def _offer(self, worker: Worker, request: int, now: float) -> None:
         """Give it to the dispatcher of the worker's device."""
@@ -200,6 +198,7 @@ class Simulation:
             self.rungs[request] = BACKBONE if worker.waits == "backbone" else WORKER
         index = worker.device.index
         arrived = self._times[request]
+        cold_s = max(0.0, worker.ready_at - now)
         ask = Ask(
             str(request),
             self.functions.names[function],
@@ -209,14 +208,21 @@ class Simulation:
             self._prompt[request],
             self._output[request],
             arrived,
-            arrived + self.config.patience_s,
+            self._deadline(arrived, cold_s, now),
         )
-        refusal = self._dispatchers[index].offer(ask, now, cold_s=max(0.0, worker.ready_at - now))
+        refusal = self._dispatchers[index].offer(ask, now, cold_s=cold_s)
         if refusal is not None:
             self._release(request, now)
             self._refuse(request, _kind_of(refusal))
         elif worker.serving:
             self._pump(worker.device, now)
+
+    def _deadline(self, arrived: float, cold_s: float, now: float) -> float:
+        """When its first token is too late to be worth computing, as the live server has it: a start that takes longer
+        than the objective is waited for all the same."""
+        if self._knows_objectives and not cold_s and now == arrived:
+            return arrived + self.settings.slo_ttft_s
+        return arrived + self.config.patience_s + (self.settings.slo_ttft_s if self._knows_objectives else 0.0)
 
     # --- sending
 
@@ -423,7 +429,7 @@ class Simulation:
 
     def _plan(self, now: float, _: object, __: int) -> None:
         """At coarse intervals: what to load ahead, how many devices to keep, and who has waited too long."""
-        if now < self.trace.duration_s:
+        if now < self.trace.duration_s and self.system.life == "elastic":
             self.planner.plan(now)
         if now < self.trace.duration_s or self._num_open:
             self.calendar.add(now + self.config.plan_every_s, PLAN, None)
@@ -441,7 +447,7 @@ class Simulation:
     def check(self) -> None:
         for device in self.fleet.devices:
             held = sum(w.bytes + (w.inner if w.budget is None else 0) for w in device.workers.values())
-            assert device.used == held + (self.fleet.open_bytes if device.is_open else 0) + device.used_by_spares
+            assert device.used == held + (self.fleet.open_bytes if device.is_open else 0)
             active = [w for w in device.workers.values() if w.job or w.decoding]
             assert device.num_active == len(active)
             assert device.num_rows == sum(w.decoding for w in active)
