@@ -432,3 +432,17 @@ def test_a_client_that_leaves_has_used_its_share(tmp_path: Path) -> None:
         assert told == [{"prompt_tokens": 5, "output_tokens": 3}]
 
     play(tmp_path, scene)
+
+
+def test_memory_held_until_now_is_in_the_ledger_when_it_is_asked(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        answering = ask(fleet)
+        played = await worker(service, 1)
+        end(played, await begin(played))
+        await answering
+        await asyncio.sleep(0.02)
+        await fleet.control.write_down()
+        held = sum(sum(row.byte_s.values()) for row in await fleet.control.accounts.ledger.usage())
+        assert held >= 0.02 * BACKBONE_BYTES
+
+    play(tmp_path, scene)

@@ -111,7 +111,9 @@ def create_admin_app(fleet: Fleet) -> Starlette:
             Route("/admin/inspect", inspect, methods=["POST"]),
             Route("/admin/plan", plan, methods=["GET"]),
             Route("/admin/profile", profile, methods=["GET"]),
-            *usage_routes(fleet.control.accounts.ledger, fleet.control.accounts.prices),
+            *usage_routes(
+                fleet.control.accounts.ledger, fleet.control.accounts.prices, up_to_now=fleet.control.write_down
+            ),
         ],
         exception_handlers={ServerlessLoraError: _failed},
     )

@@ -41,7 +41,7 @@ log = logging.getLogger("serverlesslora.control")
 ARRIVALS_FILE = "arrivals.json"
 LEDGER_FILE = "usage.sqlite"
 KEEP_EVERY_S = 300.0  # what a kill -9 takes of what was learned
-LEDGER_EVERY_S = 10.0
+LEDGER_EVERY_S = 60.0  # a row for everything that is held
 
 
 class ControlPlane:
@@ -131,6 +131,11 @@ class ControlPlane:
         profile = self.holdings.profile
         loading_s = 0.0 if service.is_ready else profile.backbones[service.name].load_s
         return loading_s + profile.worker_s
+
+    async def write_down(self) -> None:
+        """What was held until now is in the ledger when this returns."""
+        self.accounts.resident(self.holdings.take())
+        await self.accounts.ledger.flush()
 
     def profile(self) -> Profile:
         return self.holdings.measure()

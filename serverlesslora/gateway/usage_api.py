@@ -6,7 +6,7 @@ import datetime
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal, TypeVar
 
 import msgspec
@@ -45,9 +45,22 @@ class Question(msgspec.Struct, frozen=True):
     after: str | None = None
 
 
-def usage_routes(ledger: Ledger, prices: Prices, *, clock: Callable[[], float] = time.time) -> list[Route]:
+async def nothing_to_add() -> None:
+    """For a ledger that is told everything at once."""
+
+
+def usage_routes(
+    ledger: Ledger,
+    prices: Prices,
+    *,
+    up_to_now: Callable[[], Awaitable[None]] = nothing_to_add,
+    clock: Callable[[], float] = time.time,
+) -> list[Route]:
+    """`up_to_now` writes down what the ledger is otherwise told only now and then."""
+
     async def usage(request: Request) -> Response:
         question = parse(request.query_params, clock())
+        await up_to_now()
         try:
             report = await _answer(ledger, prices, question)
         except ConfigError as error:  # the server could start with this file; it was damaged later
