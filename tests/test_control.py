@@ -446,3 +446,26 @@ def test_memory_held_until_now_is_in_the_ledger_when_it_is_asked(tmp_path: Path)
         assert held >= 0.02 * BACKBONE_BYTES
 
     play(tmp_path, scene)
+
+
+def test_what_waited_for_an_adapter_teaches_nothing_about_prefills(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        told: list[bool] = []
+        first_token = fleet.control.queue._dispatcher.first_token
+
+        def listening(request_id: str, now: float, *, is_typical: bool = True) -> None:
+            told.append(is_typical)
+            first_token(request_id, now, is_typical=is_typical)
+
+        fleet.control.queue._dispatcher.first_token = listening  # type: ignore[method-assign]
+        await deploy(fleet, service, "f", make_adapter(tmp_path / "a", "a"))
+        cold = ask(fleet, "f")
+        played = await worker(service, 2)
+        end(played, await begin(played, load=True))
+        await cold
+        hot = ask(fleet, "f")
+        end(played, await begin(played))
+        await hot
+        assert told == [False, True]
+
+    play(tmp_path, scene)

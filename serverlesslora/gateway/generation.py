@@ -246,7 +246,7 @@ class FleetGeneration:
 
     def _on_first_token(self) -> None:
         self._account.saw_token()
-        self._control.queue.first_token(self._id)
+        self._control.queue.first_token(self._id, is_typical=self._account.rung == "hot")
 
     def _on_end(self, spent: Spent) -> None:
         self._control.queue.left(self._id, prompt_tokens=spent.prompt_tokens, output_tokens=spent.completion_tokens)

@@ -59,9 +59,9 @@ class RequestQueue:
         self._dispatcher.close(domain)
         self._pump()
 
-    def first_token(self, request_id: str) -> None:
+    def first_token(self, request_id: str, *, is_typical: bool) -> None:
         if request_id in self._running:
-            self._dispatcher.first_token(request_id, self._clock())
+            self._dispatcher.first_token(request_id, self._clock(), is_typical=is_typical)
             self._pump()
 
     def left(self, request_id: str, *, prompt_tokens: int = 0, output_tokens: int = 0) -> None:

@@ -101,15 +101,19 @@ class Dispatcher:
         if (found := self._domains.get(domain)) is not None:
             self._drop_if_unused(found)
 
-    def first_token(self, request_id: str, now: float) -> None:
-        """Of a request that was sent. Further ones, and those of unknown requests, are ignored."""
+    def first_token(self, request_id: str, now: float, *, is_typical: bool = True) -> None:
+        """Of a request that was sent. Further ones, and those of unknown requests, are ignored.
+
+        `is_typical`: False for one that also waited for something to be loaded, from which nothing is to be learned.
+        """
         entry = self._entries.get(request_id)
         if entry is None or entry.batch is None or entry.has_token:
             return
         domain = self._domains[entry.ask.domain]
         # M changed on the way: the mean of both ends stands for all of it.
         num_batches = (entry.batch.num_batches + domain.device.num_busy) / 2
-        domain.learned.latency.observe(entry.batch.tokens, max(0.0, now - entry.sent_at) / num_batches)
+        if is_typical:
+            domain.learned.latency.observe(entry.batch.tokens, max(0.0, now - entry.sent_at) / num_batches)
         entry.has_token = True
         self._prefilled(domain, entry)
 
