@@ -31,7 +31,7 @@ from serverlesslora_ipc.messages import StepSums
 
 log = logging.getLogger("serverlesslora.memory")
 
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 5.0
 ITSELF = ""  # in the place of a digest: the worker of a bare backbone, which serves one name only
 OF_THE_MACHINE = 0.9  # what the server takes of it when nobody says how much
 
