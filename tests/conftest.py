@@ -1,4 +1,4 @@
-"""A CUDA device on host memory, for whoever asks for it."""
+"""A CUDA device on host memory, for whoever asks for it; how all property tests run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from serverlesslora_ipc.cuda.driver import Driver, open_driver
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from serverlesslora.engine.cuda.device import CudaDevice
 
 _NUMBERS = itertools.count()
+
+# How long an example takes says more about who else uses the machine; and a failure should be there again next time.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 
 @pytest.fixture
