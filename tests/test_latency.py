@@ -83,7 +83,7 @@ def test_one_outlier_moves_the_prediction_little(base: float, slope: float, x: f
     model = fed(LatencyModel(base, slope), base, slope, num=num, noise=0.1)
     before = model.predict(x)
     model.observe(x, factor * before)
-    assert before <= model.predict(x) * 1.001
+    assert before <= model.predict(x) * 1.01
     assert model.predict(x) <= 1.1 * before
 
 
