@@ -144,12 +144,7 @@ def test_an_answer_is_not_complete_before_its_row_is_written(tmp_path: Path) -> 
 def test_a_spent_budget_refuses_and_others_go_on(tmp_path: Path) -> None:
     async def scene(fleet: Fleet, service: Any) -> None:
         for name, tenant in (("poor", "acme"), ("rich", "other")):
-            deploying = asyncio.ensure_future(
-                fleet.deploy(FunctionConfig(name, make_adapter(tmp_path / name, name), tenant=tenant), replace=False)
-            )
-            played = await worker(service, len(service.workers) + 1)
-            played.says(Loaded((await played.hears(LoadAdapter)).digest, 0.1, 1))
-            await deploying
+            await deploy(fleet, service, name, make_adapter(tmp_path / name, name), tenant=tenant)
         answering = ask(fleet, "poor")
         played = await worker(service, 3)
         end(played, await begin(played, load=True), device_s=1000.0)
@@ -398,11 +393,7 @@ def test_a_pinned_worker_is_not_stopped_for_idleness(tmp_path: Path) -> None:
 def test_a_tenant_that_floods_a_shared_domain_does_not_shut_the_door(tmp_path: Path) -> None:
     async def scene(fleet: Fleet, service: Any) -> None:
         for name, tenant in (("f", "noisy"), ("g", "quiet")):
-            adapter = make_adapter(tmp_path / name, name)
-            deploying = asyncio.ensure_future(fleet.deploy(FunctionConfig(name, adapter, tenant=tenant), replace=False))
-            played = await worker(service, len(service.workers) + 1)
-            played.says(Loaded((await played.hears(LoadAdapter)).digest, 0.1, 1))
-            await deploying
+            await deploy(fleet, service, name, make_adapter(tmp_path / name, name), tenant=tenant)
         flood = [ask(fleet, "f") for _ in range(6)]
         await asyncio.sleep(0.02)
         quiet = ask(fleet, "g")

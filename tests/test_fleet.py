@@ -88,8 +88,8 @@ async def worker(service: Any, number: int) -> PlayedWorker:
     return played
 
 
-async def deploy(fleet: Fleet, service: Any, name: str, adapter: str, *, replace: bool = False) -> None:
-    deploying = asyncio.ensure_future(fleet.deploy(FunctionConfig(name, adapter), replace=replace))
+async def deploy(fleet: Fleet, service: Any, name: str, adapter: str, *, replace: bool = False, **more: Any) -> None:
+    deploying = asyncio.ensure_future(fleet.deploy(FunctionConfig(name, adapter, **more), replace=replace))
     played = await worker(service, len(service.workers) + 1)
     played.says(Loaded((await played.hears(LoadAdapter)).digest, 0.1, 1))
     await deploying
