@@ -103,6 +103,8 @@ async def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="of each offer [40]")
     parser.add_argument("--slo", type=float, default=2.5, help="objective for the first token, seconds [2.5]")
     parser.add_argument("--memory-mb", type=int, help="what the server may take; default: its own")
+    # A prefix cache keeps what it has until it is full; only a full one shows whether anything else grows.
+    parser.add_argument("--kv-memory-mb", type=int, default=64, help="of each worker [64]")
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the capacity [0.5 1 2 5]")
     arguments = parser.parse_args()
     model = find_model(arguments.model)
@@ -111,7 +113,11 @@ async def main() -> None:
     shape = (arguments.prompt, arguments.tokens)
     functions = function_names(arguments.domains)
     tenants = dict.fromkeys(functions, "all") if arguments.one_domain else None
-    settings: dict[str, str | float] = {"slo-ttft": arguments.slo, "keep-alive-max": 600.0}
+    settings: dict[str, str | float] = {
+        "slo-ttft": arguments.slo,
+        "keep-alive-max": 600.0,
+        "kv-memory-mb": arguments.kv_memory_mb,
+    }
     if arguments.memory_mb:
         settings["memory-mb"] = arguments.memory_mb
     with deployment(model, functions, settings, tenants=tenants) as deployed, metered(deployed.running.pid) as meter:

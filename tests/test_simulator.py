@@ -468,6 +468,15 @@ def test_an_idle_function_goes_and_its_tenant_comes_back_cold() -> None:
     assert outcome.ttft[2] == pytest.approx(again)
 
 
+def test_what_was_let_go_is_not_planned_back() -> None:
+    # A busy function would be worth loading; one time for all says that silence lets it go, and the live server obeys.
+    settings = PolicySettings(preload="on", keep_alive_min_s=1.0, min_gain_per_gb=0.0)
+    system = System("fixed", "", settings, keep_alive_s=20.0)
+    rows = [(0.1 * i, 0, 10, 2) for i in range(100)] + [(90.0, 0, 10, 2)]  # plans are made at 0 and 60 s
+    _, report = play(make_trace(rows), cluster_of(), system)
+    assert report.worker_starts == 2 and report.rungs["worker"] >= 2
+
+
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 def test_nothing_that_can_never_fit_waits(system: System) -> None:
     trace = make_trace([(0.0, 0, 300_000, 10), (1.0, 0, 10, 2)])

@@ -65,6 +65,7 @@ class Fleet:
             Device(index, capacity, self.hosts[index // per_host], self.steps) for index in range(config.devices.count)
         ]
         self.workers: list[list[Worker]] = [[] for _ in functions.members]  # by domain
+        self.asleep: set[int] = set()  # domains let go for idleness: plans leave them alone until they are started again
         self._rates: list[tuple[float, float]] = [(0.0, -RATES_HOLD_S)] * len(functions.names)  # (rate, as of)
         self.num_starts = 0
         self.num_ahead = 0  # of them, before any request asked
@@ -100,6 +101,7 @@ class Fleet:
         if not self.make_room(device, self.worker_bytes(device) + more_bytes, now):
             return None
         waits_for_backbone = self.starts.waits_for_backbone(device, now)
+        self.asleep.discard(domain)
         at = self.starts.begin(domain, device, now)
         num_bytes = self.process_bytes + (0 if self.sharing else self.backbone.size_bytes)
         worker = Worker(domain, device, num_bytes, now, at)
@@ -192,6 +194,7 @@ class Fleet:
         held_bytes = worker.bytes + worker.inner
         self.retire(worker, now)
         if is_last:
+            self.asleep.add(worker.domain)
             again_s = self.starts.again_s(worker.domain, now)
             again = self.policies.keep_alive.wake_in(names, now, size_bytes=held_bytes, delay_s=again_s)
             if again is not None:

@@ -135,7 +135,7 @@ class Planner:
             rate = sum(rates)
             total += rate
             start_s = fleet.starts.again_s(domain, now)
-            if not here and rate * start_s / own < least:
+            if not here and (domain in fleet.asleep or rate * start_s / own < least):
                 continue
             copies = max(1, len(here))
             name = f"worker:{domain}"
