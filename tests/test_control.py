@@ -460,3 +460,19 @@ def test_what_waited_for_an_adapter_teaches_nothing_about_prefills(tmp_path: Pat
         assert told == [False, True]
 
     play(tmp_path, scene)
+
+
+def test_the_time_outside_of_the_worker_is_measured_where_nobody_waited(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        samples = fleet.control.holdings.measured.gateway_s
+        cold = ask(fleet)
+        played = await worker(service, 1)
+        played.says(Finished(await begin(played), 5, 3, first_token_s=1e-9))
+        await cold
+        assert len(samples) == 0
+        hot = ask(fleet)
+        played.says(Finished(await begin(played), 5, 3, first_token_s=1e-9))
+        await hot
+        assert len(samples) == 1 and 0 < samples.value < 1
+
+    play(tmp_path, scene)

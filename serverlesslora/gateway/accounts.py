@@ -36,6 +36,11 @@ class Account:
     def arrived_at(self) -> float:
         return self._arrived
 
+    @property
+    def first_token_s(self) -> float | None:
+        """After its arrival; None: it has not come yet."""
+        return self._first_token_s
+
     def saw_token(self) -> None:
         if self._first_token_s is None:
             self._first_token_s = self._accounts.clock() - self._arrived

@@ -79,6 +79,7 @@ class FleetGeneration:
         self._stream = self._new_stream()
         self._started: Started | None = None
         self._is_over = False
+        self._was_prompt = False  # sent at once to a worker that had everything
         self._cold = Cold()
 
     @property
@@ -157,7 +158,7 @@ class FleetGeneration:
                 loading = link.load(digest, self._control.path_of(digest))
                 if not was_loaded and rung == "hot":
                     rung = "adapter-disk"
-            if not turn.done():
+            if waited := not turn.done():
                 await asyncio.wait([turn, link.gone], return_when=asyncio.FIRST_COMPLETED)
             if link.gone.done():
                 raise WorkerLost("the worker ended before the request was sent")
@@ -169,6 +170,7 @@ class FleetGeneration:
             self._control.queue.left(self._id)
             raise
         self._account.rung = rung
+        self._was_prompt = rung == "hot" and not waited
         self._stream = self._new_stream()
         self._link = link
         link.submit(self._message(), self._stream)
@@ -249,6 +251,8 @@ class FleetGeneration:
         self._control.queue.first_token(self._id, is_typical=self._account.rung == "hot")
 
     def _on_end(self, spent: Spent) -> None:
+        if self._was_prompt and spent.first_token_s and (first_token_s := self._account.first_token_s) is not None:
+            self._control.controller.measured_gateway(first_token_s - spent.first_token_s)
         self._control.queue.left(self._id, prompt_tokens=spent.prompt_tokens, output_tokens=spent.completion_tokens)
 
 

@@ -116,6 +116,7 @@ class Measured:
         self.worker_bytes = Samples(GUESSES.worker_bytes)
         self.process_bytes = Samples(GUESSES.process_bytes)
         self.adapter_s = Samples(GUESSES.adapter_s)
+        self.gateway_s = Samples(GUESSES.gateway_s)
 
     def profile(self, steps: dict[str, tuple[list[StepSums], list[StepSums]]], *, on: str) -> Profile:
         """`steps`: by backbone, (decode, prefill) sums of its living workers. `on`: the device, for people."""
@@ -129,4 +130,5 @@ class Measured:
             process_bytes=int(self.process_bytes.value),
             adapter_s=self.adapter_s.value,
             adapter_byte_s=0.0,  # what a load takes beyond its fixed part is not told apart here
+            gateway_s=self.gateway_s.value,
         )
