@@ -470,6 +470,7 @@ def test_the_time_outside_of_the_worker_is_measured_where_nobody_waited(tmp_path
         played.says(Finished(await begin(played), 5, 3, first_token_s=1e-9))
         await cold
         assert len(samples) == 0
+        assert len(fleet.control.holdings.measured.first_step_s) == 1
         hot = ask(fleet)
         played.says(Finished(await begin(played), 5, 3, first_token_s=1e-9))
         await hot

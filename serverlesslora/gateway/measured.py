@@ -113,6 +113,7 @@ class Measured:
         self.libraries_s = Samples(GUESSES.libraries_s)
         self.worker_s = Samples(GUESSES.worker_s)  # without a spare
         self.spare_s = Samples(GUESSES.spare_s)
+        self.first_step_s = Samples(0.0)  # of a new worker, beyond what the step takes later
         self.worker_bytes = Samples(GUESSES.worker_bytes)
         self.process_bytes = Samples(GUESSES.process_bytes)
         self.adapter_s = Samples(GUESSES.adapter_s)
@@ -124,8 +125,8 @@ class Measured:
             measured_on=f"{on}, {platform.node()}",
             backbones={name: each.profile(*steps.get(name, ([], []))) for name, each in self.backbones.items()},
             libraries_s=self.libraries_s.value,
-            worker_s=self.worker_s.value,
-            spare_s=self.spare_s.value,
+            worker_s=self.worker_s.value + self.first_step_s.value,
+            spare_s=self.spare_s.value + self.first_step_s.value,
             worker_bytes=int(self.worker_bytes.value),
             process_bytes=int(self.process_bytes.value),
             adapter_s=self.adapter_s.value,

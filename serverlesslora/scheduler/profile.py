@@ -32,7 +32,7 @@ class Profile(msgspec.Struct, frozen=True):
     measured_on: str  # machine and date, for people
     backbones: dict[str, BackboneProfile]
     libraries_s: float  # a fresh process until it has imported everything
-    worker_s: float  # a worker forked from the launcher, until it can serve
+    worker_s: float  # a worker forked from the launcher, until it can serve, and what its first step takes longer
     spare_s: float  # the same when a spare was waiting
     worker_bytes: int  # a worker's own memory without adapters and KV
     process_bytes: int  # a process of its own with libraries, that shares nothing

@@ -65,7 +65,7 @@ class Fleet:
             Device(index, capacity, self.hosts[index // per_host], self.steps) for index in range(config.devices.count)
         ]
         self.workers: list[list[Worker]] = [[] for _ in functions.members]  # by domain
-        self.asleep: set[int] = set()  # domains let go for idleness: plans leave them alone until they are started again
+        self.asleep: set[int] = set()  # domains let go for idleness: plans leave them alone until somebody starts them
         self._rates: list[tuple[float, float]] = [(0.0, -RATES_HOLD_S)] * len(functions.names)  # (rate, as of)
         self.num_starts = 0
         self.num_ahead = 0  # of them, before any request asked
