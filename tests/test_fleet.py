@@ -223,6 +223,20 @@ def test_an_inspection_that_never_ends_is_given_up(tmp_path: Path) -> None:
     play(tmp_path, scene, cold_timeout_s=0.1)
 
 
+def test_functions_of_one_adapter_deployed_together_are_looked_at_once(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        source = make_adapter(tmp_path / "a", "a")
+        deploying = [
+            asyncio.ensure_future(fleet.deploy(FunctionConfig(f"f{i}", source), replace=False)) for i in range(5)
+        ]
+        played = await worker(service, 1)
+        played.says(Loaded((await played.hears(LoadAdapter)).digest, 0.1, 1))
+        await asyncio.gather(*deploying)
+        assert len(service.workers) == 1 and fleet.registry.num_functions == 5
+
+    play(tmp_path, scene)
+
+
 def test_many_deployments_are_looked_at_few_at_a_time_and_leave_no_locks(tmp_path: Path) -> None:
     async def scene(fleet: Fleet, service: Any) -> None:
         count = INSPECTIONS_AT_ONCE + 2

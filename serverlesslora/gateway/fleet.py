@@ -132,6 +132,7 @@ class Fleet:
         self._open_by_function: Counter[str] = Counter()
         self._deploying: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held by who deploys
         self._inspecting = asyncio.Semaphore(INSPECTIONS_AT_ONCE)
+        self._inspectors: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._inspected: dict[tuple[str, str], Loaded] = {}  # (backbone, digest): a verdict never changes
         self._is_started = False
 
@@ -266,14 +267,16 @@ class Fleet:
     async def inspect(self, backbone: str, stored: StoredAdapter) -> Loaded:
         """What loading it finds out. A hostile file can hurt only the worker that was made for looking at it."""
         key = (backbone, stored.digest)
-        if key not in self._inspected:
-            service = self._services[backbone]
-            async with self._inspecting:
-                await service.wait_ready(self._config.cold_timeout_s)
-                link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
-                with retired_after(self._workers, link):
-                    self._inspected[key] = await self._load_in_time(link, stored)
-        return self._inspected[key]
+        lock = self._inspectors.setdefault(key, asyncio.Lock())
+        async with lock:  # many functions of one adapter, deployed together, look at it once
+            if key not in self._inspected:
+                service = self._services[backbone]
+                async with self._inspecting:
+                    await service.wait_ready(self._config.cold_timeout_s)
+                    link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
+                    with retired_after(self._workers, link):
+                        self._inspected[key] = await self._load_in_time(link, stored)
+            return self._inspected[key]
 
     async def _load_in_time(self, link: WorkerLink, stored: StoredAdapter) -> Loaded:
         """A file may take for ever to load; it must not keep its place, and its name locked, for as long."""
