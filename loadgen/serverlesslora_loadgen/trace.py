@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
                         requests.append(_decoder.decode(line))
                     except msgspec.DecodeError as error:
                         raise TraceError(f"{path}:{number} is not a request of a trace: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"cannot read the trace {path}: {error}") from error
     return sorted(requests, key=lambda request: request.timestamp)
 

@@ -1,0 +1,1 @@
+"""Workloads that are made up: who is asked, when, and for how much."""
