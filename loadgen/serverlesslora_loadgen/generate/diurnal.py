@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -106,7 +107,7 @@ def _read_course(path: Path) -> tuple[Times, Times]:
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             rows = [row for row in csv.reader(file) if row]
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise WorkloadError(f"cannot read the course {path}: {error}") from error
     points = []
     for number, row in enumerate(rows, 1):

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ def read_pairs(path: Path) -> Pairs:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = list(_pairs_of(data, path))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise WorkloadError(f"cannot read lengths from {path}: {error}") from error
     if not rows:
         raise WorkloadError(f"{path} holds no pair of lengths; give a file with rows of input and output tokens")

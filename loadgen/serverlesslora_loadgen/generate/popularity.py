@@ -79,7 +79,7 @@ def counts(shares: Shares, total: int, rng: np.random.Generator) -> NDArray[np.i
     """
     ruler = np.concatenate([[0.0], np.cumsum(shares)])
     ruler *= total / ruler[-1]
-    marks = np.floor(ruler + 0.5)
+    marks = np.floor(ruler + rng.random())
     marks[-1] = total + marks[0]  # exactly, whatever the rounding of the sum
     return np.diff(marks).astype(np.int64)
 

@@ -41,6 +41,10 @@ Positive = Annotated[float, Meta(gt=0, le=1e9)]
 L = TypeVar("L", Popularity, Diurnal, Lengths)
 
 
+class ContradictionError(WorkloadError, ValueError):
+    """Fields that do not go together. msgspec turns a ValueError into its own, with the place in the file."""
+
+
 class ArrivalClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of the adapters that is asked by one law. Named Predictable, Normal or Bursty it is held to the name,
     except adapters with too few requests for it: they get the class they turn out to have, or none.
@@ -75,13 +79,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if self.arrivals is not None and self.classes:
-            raise ValueError("either `arrivals` for every adapter or `classes` with their own, not both")
+            raise ContradictionError("either `arrivals` for every adapter or `classes` with their own, not both")
         try:
             is_pattern = self.name.format(0) != self.name.format(1)
         except (IndexError, KeyError, ValueError, AttributeError):
             is_pattern = False
         if not is_pattern:
-            raise ValueError(f"`name` {self.name!r} must hold one place for a number, such as adapter-{{:02d}}")
+            raise ContradictionError(f"`name` {self.name!r} must hold one place for a number, such as adapter-{{:02d}}")
 
 
 def read_workload(path: Path) -> Workload:
