@@ -111,10 +111,13 @@ def test_comments_keep_a_waiting_stream_alive(served: Served) -> None:
         head = read_until(connection, PING)
         assert b"200 OK" in head
         assert b"data:" not in head
+        assert b"x-serverlesslora-cold" not in head.lower()  # nobody knows yet
         read_until(connection, PING)
         served.backend.thaw_from_outside()
         rest = read_until(connection, DONE)
         assert b'"content":"H"' in rest
+        told = rest.partition(b": x-serverlesslora-cold: ")[2]
+        assert told.startswith(b"worker;dur=12.3, adapter;dur=4.5\n") and b"data:" in told
 
 
 def test_a_cold_start_is_told(served: Served) -> None:

@@ -97,11 +97,11 @@ class GenerationResponse(Response):
         """Errors before the first byte are raised; later ones go into the stream."""
         interval_s = self._settings.ping_s
         call = Call(self._backend, self._requests, self._record)
-        stream = EventStream(send, lambda: headers_of(call), self._settings.write_timeout_s)
+        stream = EventStream(send, self._settings.write_timeout_s)
         try:
             async with call:
                 await _patiently(call.started(), interval_s, stream.ping)
-                await stream.start()
+                await stream.tell(headers_of(call))  # only now is it known how cold it was
                 answer = self._make_answer(Opening(call.created, call.prompt_tokens))
                 async with aclosing(call.events()) as events:
                     # Only the wait for the first token can be long (a queue); after it a plain loop is cheaper.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
@@ -27,27 +27,32 @@ def event(body: bytes) -> bytes:
 
 
 class EventStream:
-    """Writes one event stream to an ASGI `send`; headers are read when the stream starts."""
+    """Writes one event stream to an ASGI `send`."""
 
-    def __init__(self, send: Send, headers: Callable[[], Mapping[str, str]], write_timeout_s: float) -> None:
+    def __init__(self, send: Send, write_timeout_s: float) -> None:
         self._send = send
-        self._headers = headers
         self._write_timeout_s = write_timeout_s
         self.started = False
 
-    async def start(self) -> None:
-        if self.started:
-            return
+    async def tell(self, headers: Mapping[str, str]) -> None:
+        """As headers, or as comments where a ping was sent before they were known."""
+        if not self.started:
+            await self._start(headers)
+        elif headers:
+            comments = "".join(f": {name}: {value}\n" for name, value in headers.items())
+            await self._body(f"{comments}\n".encode(), more=True)
+
+    async def _start(self, headers: Mapping[str, str]) -> None:
         self.started = True
-        headers = Headers({**HEADERS, **self._headers()})
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers.raw})
+        raw = Headers({**HEADERS, **headers}).raw
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:
         await self._body(chunk, more=True)
 
     async def ping(self) -> None:
         """Keeps proxies and clients from giving up; clients skip comments."""
-        await self.start()
+        await self.tell({})
         await self._body(PING, more=True)
 
     async def finish(self, chunk: bytes = b"") -> None:
