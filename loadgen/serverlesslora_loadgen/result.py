@@ -15,6 +15,8 @@ from serverlesslora_loadgen.errors import ResultError
 
 SCHEMA_VERSION = 1
 
+MAX_LAG_S, MAX_LAG_SHARE = 0.010, 0.05  # of the 99th percentile: the larger of a time and a share of median TTFT
+
 Mode = Literal["open", "closed", "sweep"]  # closed and sweep must say so wherever their numbers are shown
 Share = Annotated[float, Meta(ge=0, le=1)]
 
@@ -263,6 +265,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     slowest: list[SlowRequest]
     money: Money | None = None
     knee: list[KneePoint] = []
+
+
+def max_lag_s(median_ttft_s: float | None) -> float:
+    """Up to which 99th percentile of its lag a client is believed; None: nothing was answered."""
+    return max(MAX_LAG_S, MAX_LAG_SHARE * (median_ttft_s or 0.0))
 
 
 def read_result(path: Path) -> Result:

@@ -6,10 +6,9 @@ import numpy as np
 
 from serverlesslora_loadgen.analysis import statistics
 from serverlesslora_loadgen.analysis.columns import Floats, Table
-from serverlesslora_loadgen.result import Client
+from serverlesslora_loadgen.result import Client, max_lag_s
 from serverlesslora_loadgen.units import show_seconds
 
-MAX_LAG_S, MAX_LAG_SHARE = 0.010, 0.05  # of the 99th percentile: the larger of a time and a share of median TTFT
 EARLY_S = 0.001  # nobody may be asked before time, but clocks have grains
 
 # Seconds: each about twice the one before, over the range from what no one sees to what makes a run worthless.
@@ -31,10 +30,6 @@ def lag(table: Table) -> Floats:
     """Sent minus intended, of all that left."""
     lags = table.written - table.intended
     return lags[~np.isnan(lags)]
-
-
-def max_lag_s(median_ttft_s: float | None) -> float:
-    return max(MAX_LAG_S, MAX_LAG_SHARE * (median_ttft_s or 0.0))
 
 
 def flaws(table: Table, found: Client, median_ttft_s: float | None) -> list[str]:

@@ -209,7 +209,7 @@ def lag(result: Result) -> Figure | None:
     edges, counts = result.client.lag_histogram.edges, result.client.lag_histogram.counts
     if not any(counts):
         return None
-    allowed, names = words.max_lag_s(result), [show_seconds(edge) for edge in edges]
+    allowed, names = words.allowed_lag_s(result), [show_seconds(edge) for edge in edges]
     figure = blank(230, bargap=0.04)
     figure.add_bar(
         y=[count or None for count in counts],

@@ -150,7 +150,7 @@ def client(result: Result) -> dict[str, Any]:
     for share in ("p50", "p99", "max"):
         time = cell(None if lag is None else lag.percentiles.get(share))
         told[f"lag {share}"] = f"{time.value} ({time.between}, n = {time.n:,})" if time.n else "nothing was sent"
-    told["may be late by"] = f"{show_seconds(words.max_lag_s(result))}, p99"
+    told["may be late by"] = f"{show_seconds(words.allowed_lag_s(result))}, p99"
     told["late sockets"] = f"{of.late_sockets:,} requests waited over 10 ms for a connection"
     return told
 

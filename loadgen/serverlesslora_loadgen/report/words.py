@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from serverlesslora_loadgen.record import UNKNOWN, WARM
-from serverlesslora_loadgen.result import Cost, Estimate, Group, Limits, Money, Objective, Result
+from serverlesslora_loadgen.result import Cost, Estimate, Group, Limits, Money, Objective, Result, max_lag_s
 from serverlesslora_loadgen.units import show_seconds
 
 MISSING = "–"
@@ -248,7 +248,7 @@ def _correct(result: Result) -> list[Fragment]:
     ]
 
 
-def max_lag_s(result: Result) -> float:
+def allowed_lag_s(of: Result) -> float:
     """Of the 99th percentile, for a run to be valid."""
-    median = percentile(result.whole, "ttft", "p50")
-    return max(0.010, 0.05 * median.value if median else 0.0)
+    median = percentile(of.whole, "ttft", "p50")
+    return max_lag_s(median.value if median else None)
