@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import MODELS, Running, admin_get, require_models, server
+from bench.harness import MODELS, Running, admin_get, require_models, server
 
 from serverlesslora.demo import adapter_paths, backbone_path
 

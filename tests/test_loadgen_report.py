@@ -381,7 +381,7 @@ def test_lag_beyond_what_is_allowed_is_red() -> None:
     base = samples.full()
     bins = Histogram([0.0, 0.005, 0.01, 0.02, 0.5], [90, 5, 4, 1])
     bars = plain("lag", replace(base, client=replace(base.client, lag_histogram=bins)))["data"][0]
-    assert words.max_lag_s(base) == 0.01
+    assert words.allowed_lag_s(base) == 0.01
     assert bars["y"] == [90, 5, 4, 1]
     assert bars["marker"]["color"] == [LIGHT["served"]] * 2 + [LIGHT["failed"]] * 2
 
