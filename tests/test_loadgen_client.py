@@ -1,0 +1,251 @@
+"""Single requests of the client, in this process, to servers on real sockets that do as they like."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import json
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import uvloop
+
+from serverlesslora_loadgen.client.connection import Client, Connection, Exchange, address_of
+from serverlesslora_loadgen.client.drive import drive
+from serverlesslora_loadgen.client.golden import Asking
+from serverlesslora_loadgen.client.stream import Reading
+from serverlesslora_loadgen.errors import LoadgenError, TargetError
+from serverlesslora_loadgen.plan import Target
+from serverlesslora_loadgen.record import Record
+from tests.loadgen_peer import TOKENS, Peer, outcomes, planned, run, serving
+
+
+def refusing(status: str, *headers: str) -> Callable[[Peer], None]:
+    return lambda peer: peer.refuse(status, *headers)
+
+
+def silent_after(tokens: int) -> Callable[[Peer], None]:
+    def asked(peer: Peer) -> None:
+        peer.begin()
+        for number in range(tokens):
+            peer.token(number)
+
+    return asked
+
+
+USAGE = b'data: {"model":"tea","choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}\n\n'
+
+
+def open_after_done(peer: Peer) -> None:
+    peer.begin()
+    for number in range(TOKENS):
+        peer.token(number)
+    peer.chunk(USAGE + b"data: [DONE]\n\n")  # and then nothing: the answer stays open
+
+
+def until_closed(peer: Peer) -> None:
+    peer.transport.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+    peer.chunk = peer.transport.write  # type: ignore[method-assign]
+    for number in range(TOKENS):
+        peer.token(number)
+    peer.chunk(USAGE + b"data: [DONE]\n\n")
+    peer.transport.close()
+
+
+def continued(peer: Peer) -> None:
+    peer.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    peer.answer()
+
+
+def garbage(peer: Peer) -> None:
+    peer.transport.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+
+def too_much(peer: Peer) -> None:
+    peer.answer()
+    peer.transport.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (refusing("429 Too Many Requests", "Retry-After: 3"), "shed"),
+        (refusing("500 Oh"), "status"),
+        (refusing("307 Elsewhere", "Location: /b"), "status"),
+        (lambda peer: peer.transport.abort(), "connect"),
+        (garbage, "malformed"),
+        (silent_after(0), "timeout"),
+        (silent_after(2), "stall"),
+        (open_after_done, "ok"),
+        (until_closed, "ok"),
+        (continued, "ok"),
+        (too_much, "ok"),
+    ],
+)
+def test_servers_that_do_as_they_like(asked: Callable[[Peer], None], expected: str) -> None:
+    async def test() -> list[Record]:
+        async with serving(asked) as server, Asking(Target(url=server.url, timeout_s=0.8, stall_s=0.2)) as asking:
+            return [(await asking.ask(each))[0] for each in planned(2)]
+
+    records = run(test())
+    assert outcomes(records) == {expected: 2}
+    if expected == "shed":
+        assert {(record.status, record.retry_after_s) for record in records} == {(429, 3.0)}
+
+
+def test_written_is_when_the_last_byte_left() -> None:
+    """A body that does not fit into the socket leaves when the server has read most of it."""
+    held: list[float] = []
+
+    async def test() -> Record:
+        async with serving(lambda peer: peer.answer()) as server:
+            accept = server._connected
+
+            def paused() -> Peer:
+                peer = accept()
+                made = peer.connection_made
+
+                def connection_made(transport: asyncio.BaseTransport) -> None:
+                    made(transport)
+                    peer.transport.pause_reading()
+
+                    def go_on() -> None:
+                        held.append(time.monotonic())
+                        peer.transport.resume_reading()
+
+                    asyncio.get_running_loop().call_later(0.3, go_on)
+
+                peer.connection_made = connection_made  # type: ignore[method-assign]
+                return peer
+
+            server._connected = paused  # type: ignore[method-assign]
+            await server.stop()
+            await server.start()
+            large = json.dumps({"model": "tea", "max_tokens": TOKENS, "prompt": "x" * (32 << 20)}).encode()
+            async with Asking(Target(url=server.url)) as asking:
+                record, _ = await asking.ask(planned(1, body=large)[0])
+                began = asking._client.start_at
+            held[0] -= began
+            return record
+
+    record = run(test())
+    assert record.outcome == "ok" and record.written_s is not None
+    assert record.written_s >= held[0]
+
+
+def test_too_few_files_are_not_the_servers_fault() -> None:
+    async def test() -> list[Record]:
+        records: list[Record] = []
+        async with serving(lambda peer: None) as server:
+            client = Client(Target(url=server.url), lambda record, _: records.append(record))
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, most[1]))
+            try:
+                for each in planned(30):
+                    client.send(each, 0.0)
+                while not records:
+                    await asyncio.sleep(0.01)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, most)
+                client.close()
+            await asyncio.sleep(0.01)
+        return records
+
+    records = run(test())
+    assert len(records) == 30 and outcomes(records) == {"unsent": 30}
+    assert any("open files" in record.detail for record in records)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:port", "http://a:99999"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(TargetError, match=url.replace(".", r"\.")):
+        run(drive(Target(url=url), planned(1)))
+
+
+def test_what_is_no_header_or_no_number() -> None:
+    with pytest.raises(TargetError, match="no header"):
+        run(drive(Target(url="http://a", headers={"x": "a\r\nb: c"}), planned(1)))
+    with pytest.raises(LoadgenError, match="at least 1"):
+        run(drive(Target(url="http://a"), planned(1), concurrency=0))
+
+
+def test_addresses() -> None:
+    assert address_of(Target(url="https://a.example/v1/"))[1:] == (443, True, "a.example", "/v1/completions")
+    assert address_of(Target(url="http://[::1]:80"))[:4] == ("::1", 80, False, "[::1]:80")
+
+
+@pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_nothing_is_left_in_buffers_when_it_counts_as_written(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop keeps what is written until the end of its round, unless told otherwise."""
+    left: list[tuple[bool, int]] = []
+    write = Connection.write
+
+    def watched(connection: Connection, data: bytes) -> None:
+        write(connection, data)
+        assert connection.exchange is not None
+        is_written = connection.exchange.reading.written is not None
+        left.append((is_written, connection.transport.get_write_buffer_size()))
+
+    async def test() -> None:
+        async with serving(lambda peer: peer.answer()) as server, Asking(Target(url=server.url)) as asking:
+            for each in planned(3):
+                assert (await asking.ask(each))[0].outcome == "ok"
+
+    monkeypatch.setattr(Connection, "write", watched)
+    run(test(), new_loop=new_loop)
+    assert left == [(True, 0)] * 3
+
+
+def test_requests_leave_nothing_for_the_collector() -> None:
+    """It is off while a run goes on."""
+
+    def alive() -> Counter[str]:
+        kinds = (Connection, Exchange, Reading)
+        return Counter(type(each).__name__ for each in gc.get_objects() if type(each) in kinds)
+
+    async def test() -> None:
+        answers = itertools.cycle([("Connection: close",), ()])
+        async with serving(lambda peer: peer.answer(*next(answers))) as server:
+            async with Asking(Target(url=server.url)) as asking:
+                gc.collect()
+                gc.disable()
+                for each in planned(20):
+                    assert (await asking.ask(each))[0].outcome == "ok"
+                assert alive()["Connection"] <= 2 and alive()["Exchange"] + alive()["Reading"] <= 2
+            await server.stop()
+            async with Asking(Target(url=server.url)) as asking:
+                for each in planned(20):
+                    assert (await asking.ask(each))[0].failure == "connect"
+                assert alive()["Exchange"] + alive()["Reading"] <= 2
+
+    try:
+        run(test(), new_loop=uvloop.new_event_loop)
+    finally:
+        gc.enable()
+
+
+def test_trailers_are_no_headers_of_the_next_answer() -> None:
+    def asked(peer: Peer) -> None:
+        if peer.transport.is_closing():
+            return
+        peer.begin(*([] if server_asked else ["Trailer: x-request-id"]))
+        server_asked.append(peer)
+        for number in range(TOKENS):
+            peer.token(number)
+        peer.chunk(USAGE + b"data: [DONE]\n\n")
+        peer.transport.write(b"0\r\nX-Request-Id: late\r\n\r\n")
+
+    server_asked: list[Peer] = []
+
+    async def test() -> list[Record]:
+        async with serving(asked) as server, Asking(Target(url=server.url)) as asking:
+            return [(await asking.ask(each))[0] for each in planned(2)]
+
+    assert [(record.outcome, record.request_id) for record in run(test())] == [("ok", ""), ("ok", "")]
