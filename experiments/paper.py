@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from table import Row, Table, publish, row_of, shown
 
 from bench.serving import Settings as Flags
 from bench.serving import deployment, find_model, function_names
+from experiments.table import Row, Table, publish, row_of, shown
 from serverlesslora_loadgen.classes import CLASSES
 from serverlesslora_loadgen.environment import environment
 from serverlesslora_loadgen.generate.lengths import LogNormal, LogNormalLengths

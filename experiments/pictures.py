@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from table import Table
+    from experiments.table import Table
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLOURS = ("#1b6ca8", "#7aa6c2", "#94b49f", "#c9b458", "#c98b5a", "#a83b3b")

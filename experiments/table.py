@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from pictures import write_pictures
 
+from experiments.pictures import write_pictures
 from serverlesslora_loadgen.result import Distribution, Environment, Estimate
 from serverlesslora_loadgen.run import Finished
 from serverlesslora_loadgen.units import show_seconds
