@@ -107,6 +107,7 @@ def test_a_process_that_is_killed_leaves_its_requests_unsent() -> None:
     def asked(peer: Peer) -> None:
         if "client.process" in " ".join(victim().cmdline()) and not killed:
             killed.append(victim().pid)
+            assert os.getsid(victim().pid) != os.getsid(0)  # Ctrl-C must not come to it on its own
             victim().kill()
         peer.answer()
 
@@ -123,7 +124,7 @@ def test_a_process_that_is_killed_leaves_its_requests_unsent() -> None:
     assert [record.id for record in driven.records] == list(range(40))
     lost = [record for record in driven.records if record.outcome == "unsent"]
     assert len(lost) == 20 and all("ended with code -9" in record.detail for record in lost)
-    assert outcomes(driven.records)["ok"] == 20
+    assert outcomes(driven.records)["ok"] == 20 and killed
 
 
 def test_a_server_that_dies_fails_everything_after() -> None:

@@ -13,72 +13,22 @@ import errno
 import ssl
 import time
 from collections.abc import Callable
-from typing import NamedTuple, cast
-from urllib.parse import urlsplit
+from typing import cast
 
 import httptools
 
+from serverlesslora_loadgen.client.address import address_of, head_of, header_lines
 from serverlesslora_loadgen.client.stream import Reading
 from serverlesslora_loadgen.client.verdict import Ending
-from serverlesslora_loadgen.errors import TargetError
 from serverlesslora_loadgen.plan import Planned, Target
 from serverlesslora_loadgen.record import Record
 
 KEPT_S = 1.5  # gunicorn closes after 2 s, uvicorn and Node after 5 s
 LATE_S = 0.01  # a connection that took longer to open is counted
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 # Of this machine, not of the server: too many files, no ports left, no memory.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 
 OnRecord = Callable[[Record, str], None]  # the text too, where it was kept
-
-
-class Address(NamedTuple):
-    host: str
-    port: int
-    tls: bool
-    host_header: str
-    path: str
-
-
-def address_of(target: Target) -> Address:
-    """Raises TargetError when the URL is none, or not one of HTTP."""
-    url = urlsplit(target.url)
-    try:
-        port = url.port
-    except ValueError as error:
-        raise TargetError(f"{target.url!r} has no usable port: {error}") from error
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise TargetError(f"{target.url!r} is not the address of a server, such as http://127.0.0.1:8000")
-    tls = url.scheme == "https"
-    prefix = url.path.rstrip("/").removesuffix("/v1")
-    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
-    return Address(
-        url.hostname, port or (443 if tls else 80), tls, host if port is None else f"{host}:{port}",
-        prefix + PATHS[target.endpoint],
-    )  # fmt: skip
-
-
-def head_of(target: Target) -> bytes:
-    """What all requests have in common. Raises TargetError, as `address_of` and `header_lines` do."""
-    address = address_of(target)
-    headers = {
-        "host": address.host_header,
-        "accept": "text/event-stream",
-        "accept-encoding": "identity",
-        "content-type": "application/json",
-        "user-agent": "serverlesslora-loadgen",
-        **{name.lower(): value for name, value in target.headers.items()},
-    }
-    return f"POST {address.path} HTTP/1.1\r\n".encode() + header_lines(headers)
-
-
-def header_lines(headers: dict[str, str]) -> bytes:
-    """Raises TargetError for a header that would break the request."""
-    for name, value in headers.items():
-        if not name.isascii() or any(c in name + value for c in "\r\n\0") or not name or ":" in name:
-            raise TargetError(f"{name!r} with {value!r} is no header of HTTP")
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1", "replace")
 
 
 class Exchange:
@@ -251,8 +201,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but does not derive from it
-        # With a high-water mark of 0 the transport writes at once, and says when it could not write all of it:
-        # that is how `written` becomes the time at which the last byte left, not the time at which it was queued.
+        # With a high-water mark of 0 the transport says so whenever it could not write everything at once, however
+        # little is left: that is how `written` is the time at which the last byte left.
         self.transport.set_write_buffer_limits(high=0)
         self._client.opened(self)
 

@@ -21,7 +21,7 @@ import msgspec
 
 import serverlesslora_loadgen
 from serverlesslora_loadgen.client import frames
-from serverlesslora_loadgen.client.connection import head_of, header_lines
+from serverlesslora_loadgen.client.address import head_of, header_lines
 from serverlesslora_loadgen.client.process import unsent
 from serverlesslora_loadgen.errors import LoadgenError
 from serverlesslora_loadgen.plan import Job, Planned, Target
