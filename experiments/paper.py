@@ -27,6 +27,7 @@ import msgspec
 
 from bench.serving import Settings as Flags
 from bench.serving import deployment, find_model, function_names
+from experiments.cpu import cpu_seconds
 from experiments.table import Row, Table, publish, row_of, shown
 from serverlesslora_loadgen.classes import CLASSES
 from serverlesslora_loadgen.environment import environment
@@ -110,13 +111,15 @@ async def measure(system: str, name: str, shaped: Shaped, functions: Sequence[st
             said={flag: f"{value:g}" if isinstance(value, float) else str(value) for flag, value in flags.items()},
             title=f"{system}: {name} arrivals, {model.name} model",
         )
+        cpu_before_s = cpu_seconds(deployed.running.pid)
         with RunProgress(len(shaped.requests), f"{name}, {system}") as told:
             done = await run(shaped.requests, settings, told)
+        cpu_s = cpu_seconds(deployed.running.pid) - cpu_before_s
     if parsed.out is not None:
         folder = parsed.out / f"{name}-{system.replace(' ', '-')}"
         folder.mkdir(parents=True, exist_ok=True)
         write_outputs(folder, done.result, done.records, shaped.requests, html=parsed.html)
-    return row_of(name, system, done, took_s=time.monotonic() - began)
+    return row_of(name, system, done, cpu_s=cpu_s, took_s=time.monotonic() - began)
 
 
 async def main() -> None:

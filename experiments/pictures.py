@@ -75,7 +75,7 @@ def _cost(go: Any, table: Table) -> Any:
         rows = [row for row in table.rows if row.system == system and row.cost is not None and row.answered]
         costs = [1000 * (row.cost or 0.0) / row.answered * 1000 for row in rows]
         figure.add_bar(name=system, x=[row.trace for row in rows], y=costs, marker_color=colour)
-    figure.update_yaxes(title="cost of 1,000 answers, thousandths (illustrative)", gridcolor="#ddd", rangemode="tozero")
+    figure.update_yaxes(title="cost of 1,000 answers, ‰ (illustrative)", gridcolor="#ddd", rangemode="tozero")
     return _styled(figure)
 
 

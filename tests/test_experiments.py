@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from experiments.cpu import cpu_seconds
 from experiments.paper import SYSTEMS, TRACES, traced
 from experiments.table import BASELINE, OURS, Row, Table, below, markdown, row_of
 from serverlesslora_loadgen.classes import CLASSES, adapter_facts
@@ -18,13 +21,13 @@ RESULT = sample()
 
 
 def row(system: str, mean_s: float, gb_seconds: float, cost: float, *, answered: int = 100) -> Row:
-    made = row_of("mixed", system, Finished(RESULT, []), took_s=1.0)
+    made = row_of("mixed", system, Finished(RESULT, []), cpu_s=1.0, took_s=1.0)
     ttft = Estimate(mean_s, answered)
     return replace(made, ttft_mean_s=ttft, gb_seconds=gb_seconds, cost=cost, answered=answered, device_seconds=None)
 
 
 def test_a_row_is_what_the_result_says() -> None:
-    made = row_of("mixed", OURS, Finished(RESULT, []), took_s=1.0)
+    made = row_of("mixed", OURS, Finished(RESULT, []), cpu_s=1.0, took_s=1.0)
     assert (made.requests, made.answered) == (RESULT.whole.counts.sent, RESULT.whole.counts.ok)
     assert made.ttft_p99_s == RESULT.whole.latency["ttft"].percentiles["p99"]
     assert RESULT.money is not None
@@ -35,7 +38,9 @@ def test_a_row_is_what_the_result_says() -> None:
 def test_reductions_are_against_one_process_per_function() -> None:
     rows = [row(OURS, 0.2, 10.0, 2.0, answered=100), row(BASELINE, 2.0, 40.0, 4.0, answered=50)]
     found = below(rows)
-    assert found == pytest.approx({"mean TTFT": 90.0, "GB·s": 75.0, "cost": 50.0, "cost per answer": 75.0})
+    assert found == pytest.approx(
+        {"mean TTFT": 90.0, "GB·s": 75.0, "CPU-s": 0.0, "cost": 50.0, "cost per answer": 75.0}
+    )
     assert below(rows[:1]) == {}
 
 
@@ -72,3 +77,16 @@ def test_a_trace_that_is_not_there_is_made_up_of_its_class(
     assert source == f"made up, {name}"
     wanted = set(CLASSES) if name == "mixed" else {name.capitalize()}
     assert {facts.class_ for facts in adapter_facts(requests)} - {None} == wanted
+
+
+def test_processors_are_counted_also_of_children_that_have_ended() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}]); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        assert cpu_seconds(process.pid) >= 0.3
+        process.stdin.close()
+    assert cpu_seconds(process.pid) == 0
