@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from serverlesslora_loadgen.analysis.build import complete
 from serverlesslora_loadgen.errors import ResultError
 from serverlesslora_loadgen.observe import Sample
 from serverlesslora_loadgen.record import Failure, Record
-from serverlesslora_loadgen.result import Estimate, Limits, Result, read_result, write_result
+from serverlesslora_loadgen.result import Calibration, Estimate, Limits, Result, read_result, write_result
 from serverlesslora_loadgen.trace import TraceRequest
 from tests.loadgen_runs import LIMITS, answered, failed, many, result, run, setup, shed, slower, unsent
 
@@ -500,6 +500,35 @@ def test_the_heat_map() -> None:
         assert heat.ttft_s[0][column] == pytest.approx(ordered[(len(ordered) + 1) // 2 - 1])
 
 
+def interrupted(**more: Any) -> Result:
+    """A closed loop of an hour, stopped after 3 s: what never left keeps its time in the trace."""
+    records = [
+        *(answered(i, 0.28 * i, model="ab"[i % 2]) for i in range(10)),
+        *(unsent(i, 10.0 * i) for i in (10, 360)),
+    ]
+    records = [replace(each, id=number) for number, each in enumerate(records)]
+    return result(records, mode="closed", seconds=2.8, **more)
+
+
+def test_a_run_that_was_interrupted_is_no_longer_than_it_was() -> None:
+    found = interrupted()
+    assert found.steady is not None
+    assert found.steady.seconds == pytest.approx(0.28 * 9 - 0.28) and found.steady.counts.ok == 8
+    assert found.steady.goodput_rps == pytest.approx(8 / found.steady.seconds, rel=0.2)
+    line = found.timeline
+    assert len(line.sent) == len(line.offered) == 3
+    assert sum(line.offered) == sum(line.sent) == 10 and {kind: sum(n) for kind, n in line.cold.items()} == {"warm": 10}
+    assert len(found.heat.ttft_s[0]) == 3 and found.heat.step_s < 1
+    assert found.whole.counts.unsent == 2 and not found.verdict.valid
+    assert interrupted(warmup_s=20.0).steady is None
+
+
+def test_an_adapter_that_was_never_asked_does_not_prolong_the_warm_up() -> None:
+    found = result([*(answered(i) for i in range(5)), replace(unsent(5, 900.0), model="never")])
+    assert found.steady is not None and found.steady.seconds == pytest.approx(4.0)
+    assert result([unsent(0, 9.0)]).steady is None
+
+
 def test_curves_of_each_kind_of_cold_start() -> None:
     records = [
         answered(i, cold="worker" if i % 10 == 0 else "warm", ttft=2.0 if i % 10 == 0 else 0.1) for i in range(50)
@@ -566,6 +595,43 @@ def test_a_slower_server_is_seen_everywhere() -> None:
     for name in ("ttft", "ttft_from_send", "e2e"):
         assert a.whole.latency[name].percentiles["p50"].value < b.whole.latency[name].percentiles["p50"].value
     assert a.cdf["ttft"]["all"][50] < b.cdf["ttft"]["all"][50]
+
+
+def calibrated(*, processes: int = 1, **found: Any) -> Calibration:
+    machine = msgspec.to_builtins(setup().environment)
+    base = {"added_ttft_p50_s": 0.0, "added_ttft_p99_s": 0.0, "lag_p99_s": 0.0, "rate_rps": 300.0}
+    fields = {"measured_at": "", "setup": {"processes": processes, "environment": machine}, **base, **found}
+    return Calibration(**fields)
+
+
+def test_a_calibration_that_does_not_fit_is_said() -> None:
+    def notes(known: Calibration | None, **more: Any) -> list[str]:
+        return result(
+            [answered(i, i / 100) for i in range(200)], setup=replace(setup(), calibration=known), **more
+        ).setup.trace.notes
+
+    assert notes(None) == notes(calibrated()) == notes(calibrated(max_rps=100.0, max_streams=1000)) == []
+    assert notes(calibrated(max_rps=99.0, max_streams=1)) == [
+        "100 requests in the busiest second, and the calibrated client bears 99",
+        "20 streams at one time, and the calibrated client bears 1",
+    ]
+    assert "0" in notes(calibrated(max_rps=0.0))[0]
+    (note,) = notes(calibrated(processes=2))
+    assert "client processes: 2, not 1" in note and "CPU" not in note
+    assert "client processes: 1, not 3" in notes(calibrated(), processes=3)[0]
+    machine = replace(setup().environment, cpu="another", cores=64)
+    elsewhere = calibrated(setup={"processes": 1, "environment": msgspec.to_builtins(machine)})
+    assert "CPU: another, not c; cores: 64, not 2" in notes(elsewhere)[0]
+    assert "CPU: not told; cores: 2, not 1" not in notes(calibrated(setup={"cores": 2, "processes": 1}))[0]
+    assert "CPU: not told" in notes(calibrated(setup={"cores": 2, "processes": 1}))[0]
+
+
+def test_without_limits_it_is_said_that_there_were_none() -> None:
+    notes = result([answered(0)], limits=Limits()).setup.trace.notes
+    assert notes == ["no limits were set: whatever was answered counts as good"]
+    assert result([answered(0)]).setup.trace.notes == []
+    (deadline,) = result([answered(0, deadline_s=1.0)], limits=Limits()).setup.trace.notes
+    assert "deadline" in deadline
 
 
 def test_setups_are_kept() -> None:

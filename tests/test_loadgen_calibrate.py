@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serverlesslora_loadgen.analysis.calibrated import differences
 from serverlesslora_loadgen.calibrate import (
     BEARABLE_S,
     CADENCES,
@@ -30,6 +31,7 @@ from serverlesslora_loadgen.calibrate import (
     write_calibration,
 )
 from serverlesslora_loadgen.client.drive import Driven
+from serverlesslora_loadgen.environment import environment
 from serverlesslora_loadgen.errors import ResultError
 from serverlesslora_loadgen.record import Record
 from serverlesslora_loadgen.result import Calibration
@@ -174,15 +176,23 @@ def test_what_is_no_calibration_is_said(tmp_path: Path, content: bytes | None) -
         read_calibration(path)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.5, -1.0, float("nan")])
+def test_one_request_is_no_rate(seconds: float) -> None:
+    with pytest.raises(ResultError, match="1 s or more"):
+        asyncio.run(calibrate(seconds=seconds, search=False))
+
+
 # --- for real, and short
 
 
 def test_the_client_against_the_null_server() -> None:
     seen: list[Trial] = []
-    found = asyncio.run(calibrate(seconds=0.5, search=False, on_trial=seen.append))
+    found = asyncio.run(calibrate(seconds=1.0, search=False, on_trial=seen.append))
     assert [(trial.kind, trial.asked, trial.requests, trial.faults) for trial in seen] == [
-        ("rate", RATE_RPS, RATE_RPS // 2, {})
+        ("rate", RATE_RPS, RATE_RPS, {})
     ]
+    assert differences(found, environment(), 1) == []
+    assert differences(found, environment(), 2) == ["client processes: 1, not 2"]
     assert found.max_rps is found.max_streams is None
     assert found.setup["trials"] == msgspec.to_builtins(seen)
     assert found.added_ttft_p50_s <= found.added_ttft_p99_s < 1

@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from serverlesslora_loadgen.analysis.differences import Difference, Pair, resampled
+from serverlesslora_loadgen.analysis.differences import Difference, Pair, resampled, times
 from serverlesslora_loadgen.compare import Comparison, compare, print_comparison, write_comparison
 from serverlesslora_loadgen.errors import ResultError
 from serverlesslora_loadgen.record import Record
@@ -55,26 +55,32 @@ def test_two_runs_of_one_server_do_not_differ() -> None:
         assert not GREEN & set(verdicts(found).values()), seed
 
 
+def ttfts(records: list[Record]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([each.ttft_s for each in records], dtype=np.float64)
+
+
+def apart(a: list[Record], b: list[Record]) -> list[Difference]:
+    """Of requests that are not the same ones."""
+    return list(times("ttft", Pair(ttfts(a), ttfts(b)), paired=False, least_s=0.0, withheld=()))
+
+
 def test_two_draws_of_one_load_do_not_differ() -> None:
     said = []
-    for seed in range(8):
-        pair = (setup("a" * 64), setup("b" * 64))
-        found = compared(many(500, seed=2 * seed), many(500, seed=2 * seed + 1), pair)
-        assert not found.paired
-        said += [each.verdict in GREEN for each in found.differences]
+    for seed in range(16):
+        said += [each.verdict in GREEN for each in apart(many(500, seed=2 * seed), many(500, seed=2 * seed + 1))]
     assert sum(said) <= 0.08 * len(said)  # 5 % is what a 95 % interval allows
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_a_slower_server_is_slower(paired: bool) -> None:
+def test_a_slower_server_is_slower() -> None:
     records = many(1000)
     slow = slower(records, lambda ttft: 0.3 * ttft)
-    pair = (setup("a" * 64), setup("a" * 64 if paired else "b" * 64))
-    found = compared(records, slow, pair)
-    assert found.paired is paired
+    found = compared(records, slow)
+    assert found.paired
     assert verdicts(found)["ttft p50"] == verdicts(found)["e2e p50"] == verdicts(found)["ttft p99"] == "A faster"
     assert verdicts(found)["tpot p50"] == "no difference"
-    assert verdicts(compared(slow, records, pair))["ttft p50"] == "B faster"
+    assert verdicts(compared(slow, records))["ttft p50"] == "B faster"
+    assert [each.verdict for each in apart(records, slow)] == ["A faster", "A faster"]
+    assert [each.verdict for each in apart(slow, records)] == ["B faster", "B faster"]
     ttft = metric(found, "ttft p50")
     assert ttft.low is not None and ttft.high is not None and ttft.difference is not None
     assert 0 < ttft.low <= ttft.difference <= ttft.high
@@ -84,13 +90,11 @@ def test_a_slower_server_is_slower(paired: bool) -> None:
 def test_the_same_requests_show_what_others_would_not() -> None:
     records = many(1000)
     slow = slower(records, lambda ttft: 0.02 * ttft)
-    together, apart = (
-        metric(compared(records, slow, (setup("a" * 64), setup(sha * 64))), "ttft p50") for sha in ("a", "b")
-    )
-    assert together.verdict == "A faster" and apart.verdict == "no difference"
+    together, others = metric(compared(records, slow), "ttft p50"), apart(records, slow)[0]
+    assert together.verdict == "A faster" and others.verdict == "no difference"
     assert together.low is not None and together.high is not None
-    assert apart.low is not None and apart.high is not None
-    assert together.high - together.low < 0.5 * (apart.high - apart.low)
+    assert others.low is not None and others.high is not None
+    assert together.high - together.low < 0.5 * (others.high - others.low)
 
 
 def test_less_than_one_in_a_hundred_has_no_name() -> None:
@@ -179,6 +183,52 @@ def test_loops_that_mean_different_things_are_refused() -> None:
         compare(result(records), result(records, mode="closed"), records, records)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sha256": "b" * 64}, "did not replay the same requests"),
+        ({"speedup": 8.0}, "the speed of time is 1 and 8"),
+        ({"length_scale": 4.0}, "the scale of lengths is 1 and 4"),
+    ],
+)
+def test_servers_that_were_not_asked_the_same_get_no_verdict(change: dict[str, Any], why: str) -> None:
+    records = many(100)
+    left = setup()
+    pair = (left, replace(left, trace=replace(left.trace, **change)))
+    found = compared(records, slower(records, lambda ttft: ttft), pair)
+    assert set(verdicts(found).values()) == {"no verdict"}
+    assert found.warnings[0].startswith("no verdict: ") and why in found.warnings[0]
+    assert metric(found, "ttft p50").difference is not None
+    nobody = replace(left, trace=replace(left.trace, sha256=""))
+    assert set(verdicts(compared(records, records, (nobody, nobody))).values()) == {"no verdict"}
+
+
+def test_sweeps_get_no_verdict() -> None:
+    records = many(100)
+    found = compared(records, slower(records, lambda ttft: ttft), mode="sweep")
+    assert set(verdicts(found).values()) == {"no verdict"} and "sweeps" in found.warnings[0]
+
+
+def test_without_limits_there_is_no_attainment_to_compare() -> None:
+    records, pair = many(100), (setup(limits=Limits()), setup(limits=Limits()))
+    assert "attainment" not in verdicts(compared(records, records, pair))
+    late = [replace(each, deadline_s=0.1) for each in records]
+    assert "attainment" in verdicts(compared(late, late, pair))
+
+
+def test_a_calibration_of_another_client_is_not_believed_in_silence() -> None:
+    left = setup()
+    here = {"environment": msgspec.to_builtins(left.environment), "processes": 1}
+    found = Calibration(
+        measured_at="", added_ttft_p50_s=0.0, added_ttft_p99_s=0.0, lag_p99_s=0.0, rate_rps=300, setup=here
+    )
+    elsewhere = replace(found, setup={**here, "processes": 2})
+    records = many(20)
+    told = compared(records, records, (replace(left, calibration=found), replace(left, calibration=elsewhere))).warnings
+    (warning,) = (each for each in told if "calibration" in each)
+    assert warning.startswith("the calibration of B") and "client processes: 2, not 1" in warning
+
+
 def test_records_of_another_run_are_refused() -> None:
     records = many(10)
     with pytest.raises(ResultError, match=r"B has a result of 10 requests and records of 9"):
@@ -199,7 +249,17 @@ def test_what_else_differs_is_said() -> None:
     records = many(20)
     found = compared(records, records, (left, right))
     told = " | ".join(found.warnings)
-    for word in ("trace", "limits", "endpoint", "CPU", "cores", "timers", "speed of time", "golden", "calibrated"):
+    for word in (
+        "same requests",
+        "limits",
+        "endpoint",
+        "CPU",
+        "cores",
+        "timers",
+        "speed of time",
+        "golden",
+        "calibrated",
+    ):
         assert word in told, word
     assert "http" not in told
     assert "attainment" not in verdicts(found)

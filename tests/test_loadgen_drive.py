@@ -212,7 +212,7 @@ def test_a_process_whose_starter_is_gone_ends() -> None:
                 *CHILD, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT
             )
             assert child.stdin is not None and child.stdout is not None
-            job = Job(target=Target(url=server.url), start_at=0.0, requests=tuple(planned(1)))
+            job = Job(target=Target(url=server.url), requests=tuple(planned(1)))
             child.stdin.write(frames.encode(job) + frames.START.pack(time.monotonic()))
             await started.wait()
             child.stdin.close()
@@ -320,6 +320,10 @@ def test_requests_and_places_are_shared_out(concurrency: int | None, count: int)
     else:
         assert sum(places or 0 for _, places in hands) == concurrency
         assert all(abs(len(requests) / 70 - (places or 0) / concurrency) < 0.05 for requests, places in hands)
+
+
+def test_a_job_says_no_time_as_that_comes_when_all_are_ready() -> None:
+    assert "start_at" not in Job.__struct_fields__
 
 
 def test_frames_in_any_pieces() -> None:

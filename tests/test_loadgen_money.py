@@ -26,9 +26,11 @@ from serverlesslora_loadgen.money.baselines import (
     Instance,
     always_on,
     baseline_cost,
+    device_s_of_all,
     instance_of,
     keep_alive_name,
     kept_alive,
+    work_of_all,
 )
 from serverlesslora_loadgen.money.cost import device_seconds, ledger_cost, lifetimes_cost, work_of
 from serverlesslora_loadgen.money.prices import GbSecond, Prices, read_prices
@@ -205,9 +207,9 @@ def test_what_was_seen_is_paid_and_memory_is_idle_while_nobody_waits() -> None:
 
 def test_a_device_nobody_counted_works_while_a_request_is_in_flight() -> None:
     samples = [Sample(each.at_s, None, each.held_bytes) for each in SAMPLES]
-    cost = lifetimes(samples, device="NVIDIA H200")
+    cost = lifetimes(samples, device="cpu")
     assert cost.device_seconds == pytest.approx(5)
-    assert parts(cost)["compute"] == pytest.approx(7 * 5)
+    assert parts(cost)["compute"] == pytest.approx(2 * 5)
     assert parts(cost)["workers"] == pytest.approx(3 * 4 * 5)  # what memory is for is not known
     assert "in which a request was in flight" in cost.how
     assert lifetimes_cost([Sample(0.0, 1)], RECORDS, seconds=10.0, prices=PRICES, work=work_of(RECORDS)) is None
@@ -337,14 +339,75 @@ def test_a_baseline_pays_for_whole_models_and_for_the_same_work() -> None:
         device_s=3.0,
         device=None,
         prices=PRICES,
-        work=work_of(RECORDS),
+        work=work_of_all(work_of(RECORDS), RECORDS),
     )
     # a: [0, 3) and, unsent, [5, 7) (the median is 2 s); b: [2, 4) and [8, 9). 8 of 20 instance seconds.
     assert parts(cost) == pytest.approx(
-        {"backbone": 3 * 4 * 8, "workers": 3 * 2 * 8, "compute": 6, "requests": 1.5, "idle": 3 * 6 * 12}
+        {"backbone": 3 * 4 * 8, "workers": 3 * 2 * 8, "compute": 6, "requests": 2.0, "idle": 3 * 6 * 12}
     )
     assert cost.gb_seconds == pytest.approx(120) and cost.idle_share == pytest.approx(0.6)
-    assert cost.effectiveness is None  # nobody measured how long it takes
+    assert cost.effectiveness == pytest.approx(1 / (2.0 * cost.total))  # mean E2E of all answers: nobody said "warm"
+
+
+def test_the_failures_of_the_measured_server_make_no_baseline_dearer() -> None:
+    """A baseline answers all requests, so whatever is divided by answers is divided by all."""
+    half = [*RECORDS, *(record(1.0, 1.1, outcome="shed") for _ in range(4))]
+    work = work_of(half, good=2)
+    everything = work_of_all(work, half)
+    assert (everything.answered, everything.let_in, everything.good) == (8, 8, 8)
+    assert everything.output_tokens == 80  # 30 of 3 answers
+    assert device_s_of_all(6.0, work, half) == pytest.approx(6.0 * 8 / 3)
+    money = account(prices=PRICES, records=half, seconds=10.0, samples=SAMPLES, good=2, instance=instance())
+    for cost in money.baselines:
+        assert cost.per_1k_requests == pytest.approx(cost.total / 0.008)
+        assert cost.per_good_request == pytest.approx(cost.total / 8)
+        assert cost.per_1m_output_tokens == pytest.approx(cost.total / 80e-6)
+        assert parts(cost)["requests"] == pytest.approx(0.5 * 8)
+        assert parts(cost)["compute"] == pytest.approx(2 * 3.0 * 8 / 3)
+    nothing = [record(1.0, 1.1, outcome="shed")]
+    none = work_of_all(work_of(nothing), nothing)
+    assert (none.answered, none.output_tokens, none.good) == (1, 0, None)
+    assert device_s_of_all(0.0, work_of(nothing), nothing) == 0.0
+
+
+def test_a_baseline_is_as_fast_as_what_met_nothing_cold() -> None:
+    told = [
+        msgspec.structs.replace(each, cold=kind) for each, kind in zip(RECORDS, ("worker", *3 * ["warm"]), strict=True)
+    ]
+    assert work_of(told).mean_e2e_s == pytest.approx(2.0)
+    assert work_of_all(work_of(told), told).mean_e2e_s == pytest.approx(1.5)  # of 2 and 1 s
+    money = account(prices=PRICES, records=told, seconds=10.0, samples=SAMPLES)
+    assert len(money.baselines) == 2
+    for cost in money.baselines:
+        assert cost.effectiveness == pytest.approx(1 / (1.5 * cost.total))
+
+
+def test_memory_on_a_device_is_not_sold_as_the_hosts() -> None:
+    """16 GB on an H200 for 100 s."""
+    records = [record(0.0, 100.0)]
+    parts_of = {"backbone": 16 * GB, "workers": 2 * GB}
+    samples = [Sample(at, 1, 18 * GB, parts_of) for at in (0.0, 100.0)]
+    more: dict[str, Any] = {"prices": read_prices(), "records": records, "seconds": 100.0, "samples": samples}
+    money = account(device="NVIDIA H200", **more)
+    assert money.measured == money.baselines == []
+    assert any("NVIDIA H200" in note and "--instance-gb" in note for note in money.notes)
+    money = account(device="NVIDIA H200", instance=Instance(16 * GB, 0, "as told"), **more)
+    on = money.baselines[0]
+    assert money.measured == []
+    assert parts(on)["backbone"] == pytest.approx(16 * 100 * read_prices().gb_second.device) == pytest.approx(0.0224)
+    assert parts(on)["compute"] == pytest.approx(100 * 0.0014) and "device memory" in on.how
+    on = account(device="cpu", **more).baselines[0]
+    assert parts(on)["backbone"] == pytest.approx(16 * 100 * read_prices().gb_second.host) and "host memory" in on.how
+    notes = " ".join(account(**more).notes)
+    assert "Nobody said what the server computes on" in notes
+    assert "Nobody said" not in " ".join(account(device="cpu", **more).notes)
+
+
+def test_what_idle_means_is_said_of_every_row() -> None:
+    money = whole()
+    assert len({cost.how.partition("idle: ")[2].partition(";")[0] for cost in (*money.measured, *money.baselines)}) == 3
+    assert all("idle: " in cost.how for cost in (*money.measured, *money.baselines))
+    assert any("Idle does not mean the same" in note for note in money.notes)
 
 
 # --- together
@@ -365,7 +428,7 @@ def test_an_account_has_both_measures_their_difference_and_both_baselines() -> N
     # a: [0, 3) and [5, 7), b: [2, 4) and [8, 9), each and 1 s more. 2 GB of backbone, at least 0.5 per worker.
     assert kept.gb_seconds == pytest.approx((4 + 3 + 3 + 2) * 2.5)
     assert on.gb_seconds == pytest.approx(20 * 2.5)
-    assert on.device_seconds == seen.device_seconds
+    assert seen.device_seconds == 3.0 and on.device_seconds == pytest.approx(4.0)  # 3 requests were let in, 4 sent
     assert any("compressed by 4" in note for note in money.notes)
     # 15 worker seconds, 20 and 12 instance seconds, 2 EUR each.
     assert "measured 30 EUR, always on 40 EUR, keep-alive 4 s (1 s at x4) 24 EUR" in money.notes[-1]
@@ -401,7 +464,7 @@ def test_without_any_look_at_the_server_there_are_baselines_only_for_a_known_mod
     assert (money.measured, money.baselines, money.difference) == ([], [], None)
     assert any("--instance-gb" in note for note in money.notes)
     money = whole(samples=(), ledger=None, instance=instance())
-    assert [cost.device_seconds for cost in money.baselines] == pytest.approx([5.0, 5.0])
+    assert [cost.device_seconds for cost in money.baselines] == pytest.approx([5.0 * 4 / 3] * 2)
     assert not any("As the paper counts" in note for note in money.notes)
 
 

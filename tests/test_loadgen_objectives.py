@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serverlesslora_loadgen.analysis.objectives import INCORRECT, parse_limits, parse_objective
+from serverlesslora_loadgen.analysis.objectives import INCORRECT, check_objectives, parse_limits, parse_objective
 from serverlesslora_loadgen.errors import ObjectiveError
 from serverlesslora_loadgen.record import Record
 from serverlesslora_loadgen.result import Limits, Objective, Verdict
@@ -146,6 +146,23 @@ def test_attainment() -> None:
     assert judged(records, "attainment=98%").passed
     assert not judged(records, "attainment=98.1%").passed
     assert objective(judged(records, "attainment=99%"), "attainment").found == 0.98
+
+
+def test_attainment_of_no_limits_is_not_met() -> None:
+    verdict = judged(answers(50), "attainment=50%", limits=Limits())
+    assert objective(verdict, "attainment").found is None and not verdict.passed
+    assert any("no limits were set" in reason and "--limit" in reason for reason in verdict.reasons)
+    assert judged([answered(i, deadline_s=1.0) for i in range(50)], "attainment=50%", limits=Limits()).passed
+
+
+def test_attainment_of_no_limits_is_refused_before_the_run() -> None:
+    with pytest.raises(ObjectiveError, match=r"attainment=99%.*--limit"):
+        check_objectives(["errors=0", "attainment=99%"], Limits(), deadlines=False)
+    check_objectives(["attainment=99%"], Limits(), deadlines=True)
+    check_objectives(["attainment=99%"], Limits(e2e_s=1.0), deadlines=False)
+    check_objectives(["errors=0", "ttft=1s:p99"], Limits(), deadlines=False)
+    with pytest.raises(ObjectiveError):
+        check_objectives(["nonsense"], Limits(e2e_s=1.0), deadlines=False)
 
 
 def test_cold_starts_of_those_the_server_said_it_of() -> None:

@@ -261,6 +261,8 @@ def test_a_process_group_alone_is_enough() -> None:
         with Observer(group=group, interval_s=0.01) as watching:
             wait_until(lambda: len(watching.samples(0.0)) >= 2)
         assert str(group) in watching.how and watching.facts() == {}
+        (note,) = watching.notes
+        assert "workers were alive is not known" in note and "--admin" in note
     for sample in watching.samples(0.0):
         assert sample.workers is None and sample.device_s is None
         assert sample.held_bytes is not None and 96 * MIB < sample.held_bytes < 130 * MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -152,7 +153,9 @@ def test_a_request_that_names_nobody() -> None:
         one(model="")
 
 
-@pytest.mark.parametrize("fields", [{"token_ids": (5, 5)}, {"tokens_per_word": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{"token_ids": (5, 5)}, *({"tokens_per_word": value} for value in (0.0, -1.0, math.nan, math.inf))]
+)
 def test_targets_that_leave_nothing_to_draw_from(fields: dict[str, Any]) -> None:
     with pytest.raises(WorkloadError):
-        one(msgspec.structs.replace(TARGET, **fields))
+        one(msgspec.structs.replace(TARGET, prompt="text", **fields))

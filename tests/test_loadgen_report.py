@@ -30,7 +30,7 @@ from serverlesslora_loadgen.report.figures import FIGURES
 from serverlesslora_loadgen.report.html import CONTENTS, render, write_report
 from serverlesslora_loadgen.report.markdown import code, summary, text, write_summary
 from serverlesslora_loadgen.report.palette import LIGHT, TO_DARK
-from serverlesslora_loadgen.result import Estimate, Heat, Histogram, KneePoint, Result, SlowRequest
+from serverlesslora_loadgen.result import Estimate, Heat, Histogram, KneePoint, Limits, Result, SlowRequest
 from tests import loadgen_samples as samples
 
 variants = pytest.mark.parametrize("name", samples.VARIANTS)
@@ -153,6 +153,23 @@ def test_what_nobody_checked_is_not_called_right() -> None:
     counts = replace(result.whole.counts, failures={"wrong-answer": 2, "wrong-model": 1, "stall": 4})
     wrong = replace(result, whole=replace(result.whole, counts=counts))
     assert words.Fragment("3 wrong answers", strong=True) in words.sentence(wrong)
+
+
+def test_how_many_answers_were_checked_is_said() -> None:
+    result = samples.full()
+    some = replace(result, setup=replace(result.setup, verified=True, verified_requests=12))
+    assert f"0 wrong answers (12 of {result.whole.counts.sent:,} checked), " in said(some)
+
+
+def test_good_is_what_the_limits_or_the_deadlines_say() -> None:
+    result = samples.full()
+    without = replace(result, setup=replace(result.setup, limits=Limits()))
+    assert "were answered; no limits were set. " in said(without) and " met TTFT" not in said(without)
+    trace = replace(result.setup.trace, deadlines=3)
+    dated = replace(without, setup=replace(without.setup, trace=trace))
+    assert "met the deadlines of their own. " in said(dated) and "no limits" not in said(dated)
+    both = replace(result, setup=replace(result.setup, trace=trace))
+    assert "met TTFT ≤ 500 ms and TPOT ≤ 50 ms and the deadlines of their own. " in said(both)
 
 
 def test_a_server_that_says_nothing_of_cold_starts() -> None:
@@ -295,6 +312,26 @@ def test_a_summary_has_no_markup_of_others() -> None:
     heads = [at for at, row in enumerate(rows) if row.startswith("| ---")]
     for begin, end in pairwise([*(at - 1 for at in heads), len(rows)]):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows[begin:end]}) == 1
+
+
+def test_a_summary_has_the_whole_of_the_lag_and_of_the_money() -> None:
+    said = summary(made("full"))
+    (client,) = (line for line in said.split("\n") if line.startswith("Client: "))
+    assert [name for name in re.findall(r"\b(p50|p99|max) \d", client)] == ["p50", "p99", "max"]
+    assert "if the calibration is of this client (CPU: not told" in client
+    head, _, *rows = (line for line in said[said.index("| cost |") :].split("\n") if line.startswith("|"))
+    assert head.endswith("| 1 / (E2E × cost) |")
+    costs = samples.money()
+    for row, cost in zip(rows[:4], (*costs.measured, *costs.baselines), strict=True):
+        assert cost.effectiveness is not None and row.endswith(f"| {words.number(cost.effectiveness)} |")
+    assert "Idle: of what was measured" in said
+
+
+def test_a_summary_says_that_there_were_no_limits() -> None:
+    result = made("full")
+    assert "met the limits" in summary(result) and "no limits" not in summary(result)
+    free = replace(result, setup=replace(result.setup, limits=Limits()))
+    assert "met the limits" not in summary(free) and "were answered (no limits were set)" in summary(free)
 
 
 # --- what figures show

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from serverlesslora_loadgen.classes import adapter_facts
 from serverlesslora_loadgen.errors import WorkloadError
@@ -93,6 +94,18 @@ def test_the_rate_of_a_selection_is_that_of_the_replay() -> None:
     assert len(shaped.requests) / (1800 / 4) == pytest.approx(1.2, rel=0.01)
 
 
+def test_a_window_longer_than_the_trace_makes_its_rate_no_lower() -> None:
+    requests = made(adapters=40)
+    asked = Shape(rate_by_selection=0.3)
+    long = shape(requests, replace(asked, duration_s=36_000))
+    assert long.requests == shape(requests, asked).requests
+    assert len(long.requests) / 1800 == pytest.approx(0.3, rel=0.02)
+    assert "0.3 requests per second asked for by selection, 0.3 found" in long.notes
+    silent = [*(request(at) for at in range(10)), *(request(100 + at, "b") for at in range(10))]
+    part = shape(silent, Shape(duration_s=50, rate_by_selection=0.2))  # the trace goes on: silence counts
+    assert "0.2 requests per second asked for by selection, 0.2 found" in part.notes
+
+
 def test_a_rate_beyond_the_trace_takes_all_of_it_and_says_what_was_found() -> None:
     requests = made()
     shaped = shape(requests, Shape(duration_s=1800, rate_by_selection=50))
@@ -158,6 +171,13 @@ def test_words_of_the_trace_are_kept_and_contradictions_told() -> None:
 # --- names
 
 
+def test_a_name_for_requests_that_have_none() -> None:
+    requests = [request(0, ""), request(1, "a"), request(2, "")]
+    assert [each.model for each in shape(requests, Shape(model="base")).requests] == ["base", "a", "base"]
+    both = shape(requests, Shape(model="base", models={"a": "x", "base": "y"})).requests
+    assert [each.model for each in both] == ["y", "x", "y"]
+
+
 def test_names_by_a_map_or_in_order() -> None:
     requests = [request(0, "b"), request(1, "a"), request(2, "b")]
     by_map = shape(requests, Shape(models={"a": "x", "b": "y", "c": "z"}))
@@ -173,7 +193,24 @@ def test_names_by_a_map_or_in_order() -> None:
 
 def test_adapters_that_become_one_are_told() -> None:
     shaped = shape([request(0, "a"), request(1, "b")], Shape(models={"a": "x", "b": "x"}))
-    assert shaped.notes == ["the map gives 1 adapters the name of another: together they are less bursty than alone"]
+    assert len(shaped.notes) == 1 and "gives 1 adapters the name of another" in shaped.notes[0]
+
+
+def test_adapters_that_become_one_have_the_class_they_have_together() -> None:
+    """Six take turns of a minute and a half: each alone is Bursty, all together are as even as can be."""
+    at = [(lap, i, n) for lap in range(3) for i in range(6) for n in range(30)]
+    heaps = [request(100 * (6 * lap + i) + 3 * n, f"m{i}") for lap, i, n in at]
+    alone, together = shape(heaps, Shape()), shape(heaps, Shape(models={f"m{i}": "one" for i in range(6)}))
+    facts = adapter_facts(together.requests)
+    assert {each.class_ for each in together.requests} == {facts[0].class_} == {"Predictable"}
+    assert {each.class_ for each in alone.requests} == {"Bursty"}
+    told = [replace(each, class_="Predictable") for each in heaps]
+    merged = shape(told, Shape(models={"m0": "one", "m1": "one"} | {f"m{i}": f"m{i}" for i in range(2, 6)})).requests
+    classes = {each.model: each.class_ for each in merged}
+    assert classes["m3"] == "Predictable"  # the trace's word, as nothing became of it
+    assert classes["one"] == next(each.class_ for each in adapter_facts(merged) if each.model == "one") != "Predictable"
+    free = [replace(each, class_="gold") for each in heaps]
+    assert {each.class_ for each in shape(free, Shape(models={f"m{i}": "one" for i in range(6)})).requests} == {"gold"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from serverlesslora_loadgen.classes import CLASSES, adapter_facts, class_of, cv
 from serverlesslora_loadgen.errors import TraceError, WorkloadError
 from serverlesslora_loadgen.generate.lengths import EmpiricalLengths, FixedLengths
-from serverlesslora_loadgen.sources import SOURCES, ImportOptions, import_trace
+from serverlesslora_loadgen.sources import SOURCES, USED, ImportOptions, import_trace
 from serverlesslora_loadgen.sources.adapters import check_classes, names
 from serverlesslora_loadgen.sources.choosing import Candidate, choose, fit
 from serverlesslora_loadgen.sources.functions import _placed
@@ -313,8 +314,6 @@ def test_an_invocation_begins_at_its_end_less_its_duration(tmp_path: Path) -> No
         (10_500.0, "adapter-00"),
     ]
     assert any("1 invocations that began before" in note for note in imported.notes)
-    with pytest.raises(WorkloadError, match="no triggers"):
-        import_trace("azure-functions-2021", path, ImportOptions(lengths=LENGTHS, trigger="http"))
 
 
 # --- logs
@@ -359,6 +358,24 @@ BURST = """Timestamp,{}Model,Request tokens,Response tokens,Total tokens,Log Typ
 86445,{}GPT-4,417,276,693,API log
 172905,{}GPT-4,1,2,3,API log
 """
+
+
+def test_azure_llm_is_spread_before_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "2023.csv"
+    at = [f"2023-11-16 18:{number // 60:02d}:{number % 60:02d},1,{number}" for number in range(600)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *at]) + "\n")
+    cut = import_trace("azure-llm", path, ImportOptions(start_s=60, duration_s=30, jitter_ms=10_000)).requests
+    assert cut[0].timestamp >= 0 and cut[-1].timestamp < 30_000 and 20 <= len(cut) <= 40
+    assert min(each.output_length for each in cut) in range(50, 60)  # put off into the time that is taken
+    assert len({each.timestamp % 1000 for each in cut}) > 15
+
+
+def test_burstgpt_is_spread_into_the_time_that_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    rows = [f"{number},M,{number + 1},5,{number + 6},API log" for number in range(300)]
+    path.write_text("\n".join(["Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", *rows]) + "\n")
+    cut = import_trace("burstgpt", path, ImportOptions(start_s=60, duration_s=30, jitter_ms=10_000)).requests
+    assert cut[-1].timestamp < 30_000 and min(each.input_length for each in cut) in range(51, 60)
 
 
 def burst(path: Path, *, sessions: bool) -> Path:
@@ -511,7 +528,50 @@ def test_an_unknown_source_names_those_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_file_that_is_not_there_is_a_trace_error(tmp_path: Path, kind: str) -> None:
     with pytest.raises(TraceError, match=r"none\.csv"):
-        import_trace(kind, tmp_path / "none.csv", ImportOptions(lengths=LENGTHS))
+        import_trace(kind, tmp_path / "none.csv", options_for(kind))
+
+
+def options_for(kind: str) -> ImportOptions:
+    return ImportOptions(lengths=LENGTHS) if "lengths" in USED[kind] else ImportOptions()
+
+
+OF_EACH: dict[str, object] = {
+    "model": "m",
+    "jitter_ms": 5.0,
+    "lengths": LENGTHS,
+    "functions": 3,
+    "classes": ("Bursty",),
+    "popularity_cap": 9,
+    "rate_rps": 2.0,
+    "trigger": "http",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(
+            (kind, "--functions --classes --rate --trigger --popularity-cap --lengths")
+            for kind in ("azure-llm", "jsonl")
+        ),
+        *(
+            (kind, "--functions --classes --rate --trigger --popularity-cap --lengths")
+            for kind in ("mooncake", "burstgpt")
+        ),
+        ("azure-functions", "--jitter-ms --model"),
+        *((kind, "--jitter-ms --model --trigger") for kind in ("azure-functions-2021", "servegen")),
+    ],
+)
+def test_what_a_source_has_no_use_for_is_refused(tmp_path: Path, kind: str, options: str) -> None:
+    refused = set()
+    for name, value in OF_EACH.items():
+        with pytest.raises((WorkloadError, TraceError)) as raised:
+            import_trace(kind, tmp_path / "none.csv", ImportOptions(**{name: value}))  # type: ignore[arg-type]
+        if (found := re.match(rf"{kind} has no use for (--[a-z-]+); leave it out", str(raised.value))) is not None:
+            refused.add(found[1])
+    assert refused == set(options.split())
+    with pytest.raises(WorkloadError, match=r"jsonl has no use for --functions, --rate; leave them out"):
+        import_trace("jsonl", tmp_path / "none.csv", ImportOptions(functions=3, rate_rps=1.0))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind not in ("mooncake", "jsonl")])
@@ -521,7 +581,7 @@ def test_a_broken_archive_is_a_trace_error(tmp_path: Path, kind: str) -> None:
     packed[20:30] = b"\xff" * 10
     path.write_bytes(packed)
     with pytest.raises(TraceError, match=r"broken\.csv\.gz"):
-        import_trace(kind, path, ImportOptions(lengths=LENGTHS))
+        import_trace(kind, path, options_for(kind))
 
 
 def test_progress_goes_from_nothing_to_all(tmp_path: Path) -> None:

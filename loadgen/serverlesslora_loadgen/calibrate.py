@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ import numpy as np
 
 from serverlesslora_loadgen.client.drive import Driven, drive
 from serverlesslora_loadgen.client.prompts import plan
+from serverlesslora_loadgen.environment import environment
 from serverlesslora_loadgen.errors import ResultError
 from serverlesslora_loadgen.fetching import get_json
 from serverlesslora_loadgen.null_server import null_server
@@ -28,6 +28,7 @@ from serverlesslora_loadgen.record import Record
 from serverlesslora_loadgen.result import Calibration
 from serverlesslora_loadgen.trace import TraceRequest
 
+LEAST_S = 1.0  # of a trial: a rate is not held with less
 RATE_RPS = 300  # at which what the client adds is measured
 BEARABLE_S = 0.01  # as for the runs themselves: a client that is later than this measures itself
 ADAPTERS = 8
@@ -96,8 +97,12 @@ async def calibrate(
 ) -> Calibration:
     """`seconds` of each trial; without `search` only what the client adds at RATE_RPS is measured.
 
-    Raises ResultError when not even that could be borne so far that something was answered.
+    Raises ResultError when not even that could be borne so far that something was answered, or when that is no time to
+    measure in.
     """
+    if not seconds >= LEAST_S:
+        raise ResultError(f"trials of {seconds:g} s say nothing of requests per second: give {LEAST_S:g} s or more")
+    where = environment()
     trials: list[Trial] = []
 
     async def attempt(kind: Kind, asked: int) -> Trial:
@@ -130,7 +135,8 @@ async def calibrate(
         max_streams=max_streams,
         setup={
             "processes": processes,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": where.cores,
+            "environment": msgspec.to_builtins(where),
             "seconds": seconds,
             "bearable_s": BEARABLE_S,
             "cadences": msgspec.to_builtins(CADENCES),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from serverlesslora_loadgen.analysis import columns, differences, objectives
+from serverlesslora_loadgen.analysis import calibrated, columns, differences, objectives
 from serverlesslora_loadgen.analysis.differences import Difference, Pair, Verdict
 from serverlesslora_loadgen.errors import ResultError
 from serverlesslora_loadgen.record import Record
@@ -44,15 +44,17 @@ def compare(a: Result, b: Result, records_a: Sequence[Record], records_b: Sequen
     tables = [_table("A", a, records_a), _table("B", b, records_b)]
     same_trace = bool(a.setup.trace.sha256) and a.setup.trace.sha256 == b.setup.trace.sha256
     paired = same_trace and np.array_equal(tables[0].id, tables[1].id)
-    warnings = [*_invalid(a, b), *_incorrect(a, b), *_setups(a, b, paired)]
-    withheld = _withheld(a, b)
+    unlike = _unlike(a, b)
+    warnings = [*_invalid(a, b), *unlike, *_incorrect(a, b), *_setups(a, b, paired)]
+    withheld = ALL if unlike else _withheld(a, b)
     found: list[Difference] = []
     for latency in LATENCIES:
         values = Pair(*(table.or_never(latency) for table in tables))
         least_s = 0.0 if latency == "tpot" else _least_s(a, b)
         found += differences.times(latency, values, paired=paired, least_s=least_s, withheld=withheld)
     shares = {"answered": Pair(*(table.ok.astype(np.float64) for table in tables))}
-    if a.setup.limits == b.setup.limits:
+    deadlines = any(record.deadline_s is not None for record in (*records_a, *records_b))
+    if a.setup.limits == b.setup.limits and objectives.has_meaning(a.setup.limits, deadlines=deadlines):
         shares["attainment"] = Pair(*(table.good.astype(np.float64) for table in tables))
     found += [differences.share(name, each, paired=paired, withheld=withheld) for name, each in shares.items()]
     return Comparison(
@@ -123,15 +125,28 @@ def _withheld(a: Result, b: Result) -> tuple[Verdict, ...]:
     return (*of_a, *of_b)
 
 
+def _unlike(a: Result, b: Result) -> list[str]:
+    """Why the two were not asked the same: differences are then of the load as much as of the servers."""
+    left, right = a.setup.trace, b.setup.trace
+    why = []
+    if a.mode == "sweep":
+        why.append("these are sweeps, and the trials that are shown may be of different rates")
+    if not left.sha256 or left.sha256 != right.sha256:
+        why.append("they did not replay the same requests at the same times")
+    for name, one, other in (
+        ("the speed of time", left.speedup, right.speedup),
+        ("the scale of lengths", left.length_scale, right.length_scale),
+    ):
+        if one != other:
+            why.append(f"{name} is {one:g} and {other:g}")
+    return [f"no verdict: {'; '.join(why)}. Replay one file, shaped alike, against both"] if why else []
+
+
 def _setups(a: Result, b: Result, paired: bool) -> Iterator[str]:
     """What else differs between the two, so that a difference may not be due to the server."""
     left, right = a.setup, b.setup
-    if not paired:
-        yield (
-            "not the same trace: differences are of the load as much as of the servers"
-            if left.trace.sha256 != right.trace.sha256
-            else "the same trace, but not the same requests of it"
-        )
+    if not paired and left.trace.sha256 == right.trace.sha256:
+        yield "the same trace, but not the same requests of it"
     if left.limits != right.limits:
         yield "not the same limits, so attainment is not compared"
     facts_a, facts_b = _facts(a), _facts(b)
@@ -139,15 +154,18 @@ def _setups(a: Result, b: Result, paired: bool) -> Iterator[str]:
         if facts_a.get(name) != facts_b.get(name):
             yield f"not the same {name}: {facts_a.get(name)} and {facts_b.get(name)}"
     for name, result in (("A", a), ("B", b)):
-        if result.setup.calibration is None:
+        known = result.setup.calibration
+        if known is None:
             yield f"{name} was not calibrated: what its client adds is not known"
+        elif other := calibrated.differences(known, result.setup.environment, result.client.processes):
+            yield (
+                f"the calibration of {name} may not be of its client ({'; '.join(other)}): what that adds is not known"
+            )
 
 
 def _facts(result: Result) -> dict[str, Any]:
     trace, machine = result.setup.trace, result.setup.environment
     return {
-        "speed of time": trace.speedup,
-        "scale of lengths": trace.length_scale,
         "seed": trace.seed,
         "CPU": machine.cpu,
         "cores": machine.cores,

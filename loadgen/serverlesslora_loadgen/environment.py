@@ -21,7 +21,7 @@ def environment() -> Environment:
         cpu=_cpu(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        git=_commit(),
+        git=commit_of(Path(__file__)),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
     )
 
@@ -43,15 +43,19 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """Of the folder this package lies in, if it is a checkout."""
+def commit_of(file: Path) -> str | None:
+    """Of the checkout that this file belongs to.
+
+    Lying in one is not enough: what was installed below somebody's project must not be taken for a part of it.
+    """
+    if _git(file, "ls-files", "--error-unmatch", "--", file.name) is None:
+        return None
+    return _git(file, "describe", "--always", "--dirty") or None
+
+
+def _git(file: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        done = subprocess.run(["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -53,7 +53,10 @@ def figures(requests: Sequence[TraceRequest], inspection: Inspection) -> list[An
 
 
 def write_page(requests: Sequence[TraceRequest], path: Path, *, title: str) -> Inspection:
-    """Nothing on it is fetched from elsewhere. Raises LoadgenError when there is nothing to draw, or no plotly."""
+    """Nothing on it is fetched from elsewhere.
+
+    Raises LoadgenError when there is nothing to draw, no plotly, or no way to write it.
+    """
     if not requests:
         raise LoadgenError(f"{title} has no requests; there is nothing to draw")
     inspection = inspect(requests)
@@ -75,7 +78,10 @@ def write_page(requests: Sequence[TraceRequest], path: Path, *, title: str) -> I
             for i, figure in enumerate(drawn)
         ],
     )
-    path.write_text(page, "utf-8")
+    try:
+        path.write_text(page, "utf-8")
+    except OSError as error:
+        raise LoadgenError(f"cannot write the page {path}: {error}") from error
     return inspection
 
 

@@ -107,7 +107,8 @@ class DeviceClock:
 class Observer:
     """Looks from a thread of its own, from `with` (or `start`) until its end (or `stop`).
 
-    `admin`: the admin API of a server of ours, `url` its public address. `group`: a process group on this machine.
+    `admin`: the admin API of a server of ours, `url` its public address. `group`: a process group on this machine,
+    which has memory and processes; which of them are workers only the server knows.
     """
 
     def __init__(
@@ -173,10 +174,16 @@ class Observer:
 
     @property
     def notes(self) -> list[str]:
-        if not self._failed:
-            return []
-        looks = len(self._seen) + len(self._failed)
-        return [f"{len(self._failed)} of {looks} looks at the server failed, the last one: {self._failed[-1]}"]
+        said = []
+        if self._admin is None:
+            said.append(
+                "How many workers were alive is not known: nobody but the server (--admin URL) can say which processes "
+                "of a group are workers."
+            )
+        if self._failed:
+            looks = len(self._seen) + len(self._failed)
+            said.append(f"{len(self._failed)} of {looks} looks at the server failed, the last one: {self._failed[-1]}")
+        return said
 
     def facts(self) -> dict[str, Any]:
         """What the server says of itself, for the setup of a result."""

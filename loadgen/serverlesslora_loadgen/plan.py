@@ -45,6 +45,5 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What one client process is given."""
 
     target: Target
-    start_at: float  # time.monotonic, one clock for all processes of a machine
     requests: tuple[Planned, ...]
     concurrency: int | None = None  # closed loop: as many at a time as this, times ignored; None: open loop

@@ -162,6 +162,7 @@ class TraceFacts(msgspec.Struct, frozen=True, kw_only=True):
     speedup: float = 1.0
     length_scale: float = 1.0
     seed: int = 0
+    deadlines: int = 0  # requests with one of their own for the first token
     notes: list[str] = []  # such as: timestamps jittered within 3 s
 
 
@@ -185,7 +186,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment
     limits: Limits
     started_at: str  # ISO 8601, UTC
-    verified: bool = False  # answers were held against golden ones
+    verified: bool = False  # at least one answer was held against a golden one
+    verified_requests: int = 0  # how many were
     calibration: Calibration | None = None
     server: dict[str, Any] = {}  # whatever it says of itself, and what the person says of it (`--note key=value`)
     timers: dict[str, dict[str, float]] = {}  # name → raw and effective seconds: timers shrink with time

@@ -35,6 +35,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     rate_by_selection: float | None = None  # requests per second AS REPLAYED; as near as whole adapters come to it
     max_requests: int | None = None  # what comes later is cut off
     speedup: float = 1.0  # every time is divided by it
+    model: str = ""  # of requests that name none, as if the trace said so
     models: AdapterMap | None = None  # the trace's name → the server's; or the server's, for the trace's in their order
     length_scale: float = 1.0  # of prompts and answers alike
     max_tokens: int | None = None  # longest prompt and answer together: what the server's context holds
@@ -50,20 +51,23 @@ def shape(requests: Sequence[TraceRequest], by: Shape) -> Shaped:
     """Raises WorkloadError when a field makes no sense, or nothing is left to replay."""
     _validate(by)
     notes: list[str] = []
+    ends_s = requests[-1].timestamp / 1000 - by.start_s if requests else 0.0
     shaped = _window(requests, by, notes)
-    shaped = _choose(shaped, by, notes)
+    if by.model:
+        shaped = [each if each.model else replace(each, model=by.model) for each in shaped]
+    shaped = _choose(shaped, by, ends_s, notes)
     if by.max_requests is not None and len(shaped) > by.max_requests:
         notes.append(f"cut off after the first {by.max_requests} of {len(shaped)} requests")
         shaped = shaped[: by.max_requests]
-    shaped = _classify(shaped, notes)
+    if by.models is not None:
+        shaped = _rename(shaped, by.models, notes)
+    shaped = _classify(shaped, notes)  # of whom the server sees: adapters that became one are asked as one
     if by.speedup != 1:
         shaped = [replace(each, timestamp=each.timestamp / by.speedup) for each in shaped]
         notes.append(
             f"time divided by {by.speedup:g}: every idle and keep-alive timer of the server has to be divided by it"
             " too, or cold starts are rarer than the trace would make them"
         )
-    if by.models is not None:
-        shaped = _rename(shaped, by.models, notes)
     return Shaped(_scale(shaped, by, notes), notes)
 
 
@@ -101,13 +105,14 @@ def _window(requests: Sequence[TraceRequest], by: Shape, notes: list[str]) -> li
 # --- which adapters
 
 
-def _choose(requests: list[TraceRequest], by: Shape, notes: list[str]) -> list[TraceRequest]:
+def _choose(requests: list[TraceRequest], by: Shape, ends_s: float, notes: list[str]) -> list[TraceRequest]:
+    """`ends_s`: the last request of the trace, after the beginning of the window."""
     if by.functions is None and by.rate_by_selection is None:
         return requests
     numbers = sorted(Counter(each.model for each in requests).items())
     if by.functions is not None and by.functions > len(numbers):
         raise WorkloadError(f"{by.functions} adapters are asked for and the trace has {len(numbers)} in this window")
-    seconds = by.duration_s if by.duration_s is not None else requests[-1].timestamp / 1000
+    seconds = ends_s if by.duration_s is None else min(by.duration_s, ends_s)  # a window may be longer than the trace
     wanted = None if by.rate_by_selection is None else by.rate_by_selection * seconds / by.speedup
     chosen = select(np.array([n for _, n in numbers]), functions=by.functions, total=wanted, seed=by.seed)
     names = {numbers[i][0] for i in chosen}
@@ -193,7 +198,8 @@ def _rename(requests: list[TraceRequest], models: AdapterMap, notes: list[str]) 
         merged = len(names) - len(set(renamed.values()))
         if merged:
             notes.append(
-                f"the map gives {merged} adapters the name of another: together they are less bursty than alone"
+                f"the map gives {merged} adapters the name of another: together they are less bursty than alone, and"
+                " have the class that they have together"
             )
     else:
         if len(names) > len(models):
@@ -202,7 +208,16 @@ def _rename(requests: list[TraceRequest], models: AdapterMap, notes: list[str]) 
                 f" trace's (functions = {len(models)})"
             )
         renamed = dict(zip(names, models, strict=False))
-    return [replace(each, model=renamed[each.model]) for each in requests]
+    sources = Counter(renamed.values())
+    return [
+        replace(
+            each,
+            model=renamed[each.model],
+            # What the trace says of how one of several is asked is not true of all of them.
+            class_=None if sources[renamed[each.model]] > 1 and each.class_ in CLASSES else each.class_,
+        )
+        for each in requests
+    ]
 
 
 def _scale(requests: list[TraceRequest], by: Shape, notes: list[str]) -> list[TraceRequest]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
 
 from serverlesslora_loadgen.errors import LoadgenError
 
@@ -12,24 +11,28 @@ _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "m": 60.
 
 
 def parse_seconds(text: str) -> float:
-    """A bare number is seconds. Raises LoadgenError when it is no time, or less than zero."""
+    """A bare number is seconds. Raises LoadgenError when it is no time, less than zero, or without end."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e-?\d+)?)\s*([a-zµ]*)\s*", text.lower())
     try:
         if match is None:
             raise ValueError
-        return float(match[1]) * _SECONDS[match[2] or "s"]
+        seconds = float(match[1]) * _SECONDS[match[2] or "s"]
+        if not math.isfinite(seconds):
+            raise ValueError
+        return seconds
     except (ValueError, KeyError):
         raise LoadgenError(f"{text!r} is not a time such as 500ms, 10s, 5m or 1h") from None
 
 
 def parse_factor(text: str) -> float:
-    """`1/64` or `0.5`. Raises LoadgenError unless it is more than zero."""
+    """`1/64` or `0.5`. Raises LoadgenError unless it is finite and more than zero."""
+    above, slash, below = text.partition("/")
     try:
-        value = float(Fraction(text.strip()))
+        value = float(above) / float(below if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise LoadgenError(f"{text!r} is not a factor such as 1/64 or 0.5") from None
-    if value <= 0:
-        raise LoadgenError(f"{text!r} is not a factor: it must be more than 0")
+    if not 0 < value < math.inf:
+        raise LoadgenError(f"{text!r} is not a factor: it must be more than 0, and finite")
     return value
 
 

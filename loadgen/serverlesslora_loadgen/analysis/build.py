@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from serverlesslora_loadgen.analysis import client, objectives, statistics
+from serverlesslora_loadgen.analysis import calibrated, client, objectives, statistics
 from serverlesslora_loadgen.analysis.columns import Bools, Columns, columns
 from serverlesslora_loadgen.analysis.groups import section
 from serverlesslora_loadgen.analysis.objectives import ObjectiveText
@@ -76,9 +76,8 @@ def make_result(run: Run) -> Result:
     asked = [objectives.parse_objective(text) for text in run.objectives]
     records = complete(run.requests, run.records)
     setup = run.setup if run.limits is None else replace(run.setup, limits=run.limits)
-    if deadlines := sum(record.deadline_s is not None for record in records):
-        note = f"{deadlines:,} requests have a deadline of their own for the first token, and are good only within it"
-        setup = replace(setup, trace=replace(setup.trace, notes=[*setup.trace.notes, note]))
+    deadlines = sum(record.deadline_s is not None for record in records)
+    has_limits = objectives.has_meaning(setup.limits, deadlines=bool(deadlines))
     all_of_it = columns(records, setup.limits)
     # A goodput over less time than the answers took would be too high.
     seconds = max([run.seconds, *(record.done_s for record in records if record.done_s is not None)])
@@ -91,15 +90,28 @@ def make_result(run: Run) -> Result:
         cpu_s=run.cpu_s,
         late_sockets=run.late_sockets,
     )
+    when = timeline(all_of_it, seconds, run.samples)
+    notes = [
+        *setup.trace.notes,
+        *_goodness(deadlines, has_limits),
+        *calibrated.doubts(
+            setup.calibration,
+            setup.environment,
+            processes=run.processes,
+            busiest_rps=max(when.sent, default=0) / when.step_s,
+            most_streams=max(when.in_flight, default=0),
+        ),
+    ]
+    setup = replace(setup, trace=replace(setup.trace, notes=notes))
     return Result(
         title=_title(run.title, run.mode),
         mode=run.mode,
         setup=setup,
-        verdict=verdict(all_of_it, whole, self_check, asked, verified=setup.verified),
+        verdict=verdict(all_of_it, whole, self_check, asked, verified=setup.verified, has_limits=has_limits),
         whole=whole,
         steady=_steady(all_of_it, window),
         warmup_rule=window.rule,
-        timeline=timeline(all_of_it, seconds, run.samples),
+        timeline=when,
         heat=heat(all_of_it),
         cdf=cdf(all_of_it),
         client=self_check,
@@ -107,6 +119,13 @@ def make_result(run: Run) -> Result:
         money=run.money,
         knee=list(run.knee),
     )
+
+
+def _goodness(deadlines: int, has_limits: bool) -> list[str]:
+    """What good means, where the limits do not say all of it."""
+    if deadlines:
+        return [f"{deadlines:,} requests have a deadline of their own for the first token, and are good only within it"]
+    return [] if has_limits else ["no limits were set: whatever was answered counts as good"]
 
 
 def complete(requests: Sequence[TraceRequest], records: Sequence[Record]) -> list[Record]:
@@ -133,11 +152,17 @@ def complete(requests: Sequence[TraceRequest], records: Sequence[Record]) -> lis
 
 
 def verdict(
-    all_of_it: Columns, whole: Section, self_check: Client, asked: Sequence[objectives.Asked], *, verified: bool
+    all_of_it: Columns,
+    whole: Section,
+    self_check: Client,
+    asked: Sequence[objectives.Asked],
+    *,
+    verified: bool,
+    has_limits: bool = True,
 ) -> Verdict:
     median = whole.latency["ttft"].percentiles.get("p50")
     invalid = client.flaws(all_of_it.table, self_check, None if median is None else median.value)
-    judged = objectives.judge(asked, all_of_it, verified=verified)
+    judged = objectives.judge(asked, all_of_it, verified=verified, has_limits=has_limits)
     missed = [*objectives.flaws(all_of_it), *(each.reason for each in judged if not each.objective.met)]
     return Verdict(
         valid=not invalid,
@@ -149,19 +174,23 @@ def verdict(
 
 def steady_window(all_of_it: Columns, warmup_s: float | None) -> Window:
     table = all_of_it.table
-    if not len(table):
-        return Window(np.zeros(0, dtype=np.bool_), 0.0, 0.0, "nothing was sent")
-    end_s = float(table.intended.max())
+    # What never left keeps the time it had in the trace, an hour after the end of a run that was interrupted.
+    left = ~table.unsent
+    if not left.any():
+        return Window(np.zeros(len(table), dtype=np.bool_), 0.0, 0.0, "nothing was sent")
+    end_s = float(table.intended[left].max())
     if warmup_s is None:
         first = np.full(len(all_of_it.models), np.inf)
-        np.minimum.at(first, table.model, table.intended)
-        begin_s = float(first.max())
+        np.minimum.at(first, table.model[left], table.intended[left])
+        begin_s = float(first[np.isfinite(first)].max())
         mask = table.intended > begin_s
         rule = f"until each adapter has had one request ({show_seconds(begin_s)}"
     else:
         begin_s = warmup_s
         mask = table.intended >= begin_s
         rule = f"the first {show_seconds(warmup_s)} (chosen"
+    if not (mask & left).any():
+        mask = np.zeros(len(table), dtype=np.bool_)
     cut = len(table) - int(mask.sum())
     rule += f", {cut:,} request{'' if cut == 1 else 's'}); goodput also without what ended after the last was due"
     return Window(mask, max(0.0, end_s - begin_s), end_s, rule)

@@ -39,6 +39,7 @@ MIN_ANSWERED = 0.5  # of all that was sent; whatever was allowed, with fewer not
 
 LATENCIES = {"ttft": "ttft", "ttst": "ttst", "tpot": "tpot", "gap": "max_gap", "e2e": "e2e"}
 COUNTED = ("errors", "shed", "wrong", "cold")
+_REMEDY = "say what a good answer is, for example --limit ttft=500ms,tpot=50ms"
 _EXAMPLES = "ttft=500ms:p99, e2e=10s:p95, errors=0, shed=1%, wrong=0, cold=5% or attainment=99%"
 
 
@@ -95,6 +96,18 @@ def parse_limits(text: str) -> Limits:
     return Limits(ttft_s=found.get("ttft"), tpot_s=found.get("tpot"), e2e_s=found.get("e2e"))
 
 
+def has_meaning(limits: Limits, *, deadlines: bool = False) -> bool:
+    """Whether attainment says more than that requests were answered."""
+    return deadlines or limits != Limits()
+
+
+def check_objectives(texts: Sequence[ObjectiveText], limits: Limits, *, deadlines: bool) -> None:
+    """Before a run. `deadlines`: requests of the trace have some. Raises ObjectiveError."""
+    for asked in map(parse_objective, texts):
+        if asked.name == "attainment" and not has_meaning(limits, deadlines=deadlines):
+            raise ObjectiveError(f"{asked.text!r} of no limits is met by anything; {_REMEDY}")
+
+
 def _positive_seconds(value: str, text: str) -> float:
     try:
         seconds = parse_seconds(value)
@@ -125,11 +138,14 @@ def _share(value: str, text: str) -> float:
 # --- judging
 
 
-def judge(asked: Sequence[Asked], columns: Columns, *, verified: bool) -> list[Judged]:
-    """Those that were asked, then those that are implied; whatever of it, also before the end of the warm-up."""
+def judge(asked: Sequence[Asked], columns: Columns, *, verified: bool, has_limits: bool = True) -> list[Judged]:
+    """Those that were asked, then those that are implied; whatever of it, also before the end of the warm-up.
+
+    `has_limits`: there is more to a good request than that it was answered.
+    """
     named = {each.name for each in asked}
     implied = [each for each in map(parse_objective, IMPLIED) if each.name not in named]
-    return [_judge(each, columns, verified) for each in (*asked, *implied)]
+    return [_judge(each, columns, verified, has_limits) for each in (*asked, *implied)]
 
 
 def flaws(columns: Columns) -> list[str]:
@@ -145,12 +161,14 @@ def flaws(columns: Columns) -> list[str]:
     return said
 
 
-def _judge(asked: Asked, columns: Columns, verified: bool) -> Judged:
+def _judge(asked: Asked, columns: Columns, verified: bool, has_limits: bool) -> Judged:
     if asked.share is not None:
         return _judge_latency(asked, asked.share, columns)
     table, n = columns.table, len(columns.table)
     if n == 0:
         return _judged(asked, None, "no request was sent")
+    if asked.name == "attainment" and not has_limits:
+        return _judged(asked, None, f"no limits were set; {_REMEDY}")
     if asked.name == "attainment":
         return _judged(asked, int(table.good.sum()) / n)
     if asked.name == "errors":

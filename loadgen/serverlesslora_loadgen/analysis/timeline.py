@@ -23,7 +23,9 @@ def timeline(columns: Columns, seconds: float, samples: Sequence[Sample] = ()) -
     table = columns.table
     if not len(table):
         return Timeline(step_s=1.0, offered=[], sent=[], done=[], shed=[], failed=[], in_flight=[], cold={})
-    last_s = float(table.intended.max())
+    # What never left keeps its time in the trace, also where a run was interrupted long before.
+    due = ~table.unsent | (table.intended <= seconds)
+    last_s = float(table.intended[due].max()) if due.any() else 0.0
     step_s = statistics.nice_step(max(seconds, last_s), MOST_STEPS)
     steps = max(math.ceil(seconds / step_s), int(last_s // step_s) + 1, 1)
 
@@ -36,7 +38,7 @@ def timeline(columns: Columns, seconds: float, samples: Sequence[Sample] = ()) -
     in_flight = np.cumsum(per_step(table.written)) - np.cumsum(per_step(table.done, has_left))
     return Timeline(
         step_s=step_s,
-        offered=per_step(table.intended).tolist(),
+        offered=per_step(table.intended, due).tolist(),
         sent=per_step(table.written).tolist(),
         done=per_step(table.done, table.ok).tolist(),
         shed=per_step(table.done, table.shed).tolist(),
@@ -45,7 +47,7 @@ def timeline(columns: Columns, seconds: float, samples: Sequence[Sample] = ()) -
         cold={
             kind: per_step(table.intended, mask).tolist()
             for code, kind in enumerate(columns.colds)
-            if (mask := table.cold == code).any()
+            if (mask := (table.cold == code) & due).any()
         },
         workers=_most(samples, lambda sample: sample.workers, step_s, steps),
         held_bytes=_most(samples, lambda sample: sample.held_bytes, step_s, steps),
@@ -70,7 +72,8 @@ def heat(columns: Columns) -> Heat:
     table, models = columns.table, columns.models
     if not len(table):
         return Heat(adapters=[], step_s=1.0, ttft_s=[])
-    end_s = float(table.intended.max()) + 1e-9
+    left = ~table.unsent
+    end_s = float(table.intended[left].max() if left.any() else 0.0) + 1e-9
     wide = min(MOST_COLUMNS, max(1, math.ceil(end_s)))  # a column is not less than a second
     step_s = end_s / wide
     row: list[list[float | None]] = [[None] * wide for _ in models]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 from serverlesslora_loadgen.errors import LoadgenError
 from serverlesslora_loadgen.plan import Target
@@ -39,6 +43,39 @@ def pair(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A number of things, or a seed."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too few: give {least} or more")
+        return number
+
+    return convert
+
+
+def positive(text: str) -> float:
+    return _amount(text, math.ulp(0.0), "more than 0")
+
+
+def not_negative(text: str) -> float:
+    return _amount(text, 0.0, "0 or more")
+
+
+def _amount(text: str, least: float, words: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a finite number, {words}")
+    return value
 
 
 def timer(text: str) -> tuple[str, float]:
@@ -78,7 +115,8 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|served",
         help="trace name → the server's (JSON or TOML); `served`: the server's adapters, in the order of their names",
     )
-    group.add_argument("--seed", type=int, default=0, help="of choices and of made-up prompts [0]")
+    group.add_argument("--model", default="", metavar="NAME", help="that is asked where the trace names none")
+    group.add_argument("--seed", type=whole(0), default=0, help="of choices and of made-up prompts [0]")
 
 
 def shaped(parsed: argparse.Namespace, url: str | None = None, headers: dict[str, str] | None = None) -> Shaped:
@@ -99,6 +137,7 @@ def shaped(parsed: argparse.Namespace, url: str | None = None, headers: dict[str
             rate_by_selection=parsed.rate_by_selection,
             max_requests=parsed.max_requests,
             speedup=parsed.speedup,
+            model=parsed.model,
             models=models,
             length_scale=parsed.length_scale,
             max_tokens=parsed.max_tokens,
@@ -129,8 +168,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--token-ids", type=ids, default=default.token_ids, metavar="LOW:HIGH", help="prompts are drawn from [300:4000)"
     )
-    group.add_argument("--tokens-per-word", type=float, default=default.tokens_per_word, help="of made-up text [1]")
-    group.add_argument("--temperature", type=float, default=default.temperature, help="[0]")
+    group.add_argument("--tokens-per-word", type=positive, default=default.tokens_per_word, help="of made-up text [1]")
+    group.add_argument("--temperature", type=not_negative, default=default.temperature, help="[0]")
     group.add_argument(
         "--natural-end", action="store_true", help="answers end when they end; else exactly the trace's length is asked"
     )
@@ -147,12 +186,21 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stall", type=seconds, default=default.stall_s, metavar="TIME", help="between tokens [60s]")
 
 
+def login(url: str) -> tuple[str, dict[str, str]]:
+    """`http://name:password@host` becomes the address alone, and the header that the rest stands for, as in curl."""
+    if (found := re.fullmatch(r"(https?://)([^/?#\s]*)@(.*)", url)) is None:
+        return url, {}
+    secret = base64.b64encode(unquote(found[2]).encode()).decode()
+    return found[1] + found[3], {"authorization": f"Basic {secret}"}
+
+
 def target(parsed: argparse.Namespace) -> Target:
-    headers = dict(parsed.header)
+    url, headers = login(parsed.url)
+    headers |= parsed.header
     if parsed.api_key:
         headers["authorization"] = f"Bearer {parsed.api_key}"
     return Target(
-        url=parsed.url.rstrip("/").removesuffix("/v1"),
+        url=url.rstrip("/").removesuffix("/v1"),
         endpoint=parsed.endpoint,
         prompt=parsed.prompt or ("ids" if parsed.endpoint == "completions" else "text"),
         token_ids=parsed.token_ids,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serverlesslora_loadgen import null_server
-from serverlesslora_loadgen.cli.arguments import add_target, add_trace, seconds, shaped, target
+from serverlesslora_loadgen.cli.arguments import add_target, add_trace, seconds, shaped, target, whole
 from serverlesslora_loadgen.errors import LoadgenError
 from serverlesslora_loadgen.units import show_seconds
 
@@ -23,7 +23,9 @@ Subparsers = Any  # argparse has no public name for it
 def add_parsers(commands: Subparsers) -> None:
     calibrating = commands.add_parser("calibrate", help="what this client adds on this machine, and what it can bear")
     calibrating.add_argument("-o", "--out", type=Path, metavar="FILE", help="for `run --calibration`")
-    calibrating.add_argument("--processes", type=int, default=2, metavar="N", help="of the client [2]")
+    calibrating.add_argument(
+        "--processes", type=whole(1), default=1, metavar="N", help="of the client, as many as `run` will have [1]"
+    )
     calibrating.add_argument("--seconds", type=seconds, default=5.0, metavar="TIME", help="of each trial [5s]")
     calibrating.add_argument("--quick", action="store_true", help="no search for the largest rate and most streams")
     calibrating.set_defaults(run=run_calibrate)
@@ -40,7 +42,7 @@ def add_parsers(commands: Subparsers) -> None:
     add_target(golden)
     add_trace(golden)
     golden.add_argument("-o", "--out", type=Path, required=True, metavar="FILE")
-    golden.add_argument("--per-adapter", type=int, default=2, metavar="N", help="different prompts; 0: all [2]")
+    golden.add_argument("--per-adapter", type=whole(0), default=2, metavar="N", help="different prompts; 0: all [2]")
     golden.set_defaults(run=run_golden)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from serverlesslora_loadgen.cli import checks, results, running, sweeping, workloads
 from serverlesslora_loadgen.errors import LoadgenError
@@ -18,8 +19,15 @@ EPILOG = """exit codes: 0 passed; 1 could not be done; 2 wrong usage; 3 an objec
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Options are spelled out: what keeps keys out of results has to know them by their names."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | more)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="serverlesslora-loadgen",
         description="Replay traces of many adapters against an OpenAI-compatible server, and say what happened.",
         epilog=EPILOG,

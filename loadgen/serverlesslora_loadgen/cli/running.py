@@ -10,8 +10,20 @@ from typing import Any
 
 import msgspec
 
-from serverlesslora_loadgen.cli.arguments import add_target, add_trace, pair, seconds, shaped, target, timer
+from serverlesslora_loadgen.cli.arguments import (
+    add_target,
+    add_trace,
+    login,
+    pair,
+    positive,
+    seconds,
+    shaped,
+    target,
+    timer,
+    whole,
+)
 from serverlesslora_loadgen.errors import LoadgenError
+from serverlesslora_loadgen.privacy import without_secrets
 from serverlesslora_loadgen.result import Limits, Result
 
 PASSED, MISSED, INVALID = 0, 3, 4
@@ -30,10 +42,10 @@ def add_parsers(commands: Subparsers) -> None:
     add_trace(parser)
     add_judging(parser)
     group = parser.add_argument_group("the client")
-    group.add_argument("--processes", type=int, default=1, metavar="N", help="one per core that is free [1]")
+    group.add_argument("--processes", type=whole(1), default=1, metavar="N", help="one per core that is free [1]")
     group.add_argument(
         "--closed",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="CLOSED LOOP instead: N at a time, times ignored; for finding out what a server can take, not latencies",
     )
@@ -64,10 +76,15 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
 def add_observing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the server's side", "memory, workers and money; all of it optional")
     group.add_argument("--admin", metavar="URL", help="admin API of a server of ours: workers, memory, its ledger")
+    group.add_argument(
+        "--admin-header", type=pair, action="append", default=[], metavar="NAME=VALUE", help="sent to it; never kept"
+    )
     group.add_argument("--meter-group", type=int, metavar="PGID", help="processes whose memory is counted, by /proc")
     group.add_argument("--interval", type=seconds, default=1.0, metavar="TIME", help="between two looks [1s]")
     group.add_argument("--prices", type=Path, metavar="TOML", help="default: illustrative")
-    group.add_argument("--instance-gb", type=float, metavar="GB", help="one full model with its process, for baselines")
+    group.add_argument(
+        "--instance-gb", type=positive, metavar="GB", help="one full model with its process, for baselines"
+    )
     group.add_argument("--baseline-keep-alive", type=seconds, default=600.0, metavar="TIME", help="raw [10m]")
     group.add_argument(
         "--timer", type=timer, action="append", default=[], metavar="NAME=TIME", help="of the server, raw; shown scaled"
@@ -90,6 +107,7 @@ def settings_of(parsed: argparse.Namespace, notes: list[str]) -> Any:
     from serverlesslora_loadgen.calibrate import read_calibration
     from serverlesslora_loadgen.run import Settings
 
+    admin, admin_headers = (None, {}) if parsed.admin is None else login(parsed.admin)
     return Settings(
         target=target(parsed),
         trace_name=parsed.trace.name,
@@ -104,7 +122,8 @@ def settings_of(parsed: argparse.Namespace, notes: list[str]) -> Any:
         warmup_s=parsed.warmup,
         goldens=parsed.verify,
         check_models=not parsed.no_check_models,
-        admin=parsed.admin,
+        admin=admin,
+        admin_headers=admin_headers | dict(parsed.admin_header),
         meter_group=parsed.meter_group,
         interval_s=parsed.interval,
         prices=parsed.prices,
@@ -114,35 +133,24 @@ def settings_of(parsed: argparse.Namespace, notes: list[str]) -> Any:
         timers=dict(parsed.timer),
         said=dict(parsed.note),
         title=parsed.title or "",
-        command=tuple(without_secrets(sys.argv)),
+        command=("serverlesslora-loadgen", *without_secrets(sys.argv[1:])),
     )
 
 
 def limits_of(text: str | None, objectives: list[str]) -> Limits:
-    """What a request has to meet to be good: what is said, else what the objectives ask of a percentile."""
+    """What a request has to meet to be good: what is said, else what the objectives ask of a percentile.
+
+    Of several for one latency the loosest: what only half of the requests have to meet makes no other one bad.
+    """
     from serverlesslora_loadgen.analysis.objectives import parse_limits, parse_objective
 
     if text is not None:
         return parse_limits(text)
-    asked = [parse_objective(each) for each in objectives]
-    found = {each.name: each.limit for each in asked if each.name in ("ttft", "tpot", "e2e")}
+    found: dict[str, float] = {}
+    for each in map(parse_objective, objectives):
+        if each.name in ("ttft", "tpot", "e2e"):
+            found[each.name] = max(each.limit, found.get(each.name, 0.0))
     return Limits(ttft_s=found.get("ttft"), tpot_s=found.get("tpot"), e2e_s=found.get("e2e"))
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """Results are shown around; keys are not."""
-    shown = ["serverlesslora-loadgen"]
-    hide = False
-    for word in argv[1:]:
-        name, equals, _ = word.partition("=")
-        if hide:
-            shown.append("…")
-        elif name == "--api-key" and equals:
-            shown.append("--api-key=…")
-        else:
-            shown.append(word)
-        hide = word in ("--api-key", "--header") and not hide
-    return shown
 
 
 def run_run(parsed: argparse.Namespace) -> int:
@@ -156,10 +164,10 @@ def run_run(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         make_folder(parsed.out)
     with RunProgress(len(requests), parsed.trace.name) as told:
-        result, records = asyncio.run(run(requests, settings, told))
+        done = asyncio.run(run(requests, settings, told))
     if parsed.out is not None:
-        write_outputs(parsed.out, result, records, requests, html=not parsed.no_html)
-    return told_to_person(result, parsed)
+        write_outputs(parsed.out, done.result, done.records, requests, html=not parsed.no_html)
+    return told_to_person(done.result, parsed)
 
 
 def make_folder(path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from serverlesslora_loadgen.cli.arguments import of, seconds
+from serverlesslora_loadgen.classes import CLASSES
+from serverlesslora_loadgen.cli.arguments import of, seconds, whole
 from serverlesslora_loadgen.errors import LoadgenError, WorkloadError
 from serverlesslora_loadgen.trace import TraceRequest, digest, read_trace, write_trace
 
@@ -54,7 +56,7 @@ def _add_generate(commands: Subparsers) -> None:
         "--lengths", type=of(parse_lengths), help="fixed:128/32, uniform:16-64/8-32, lognormal:…, empirical:FILE"
     )
     parser.add_argument("--name", help="of adapter i, with a place for its number [adapter-{:02d}]")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=whole(0))
     parser.set_defaults(run=run_generate)
 
 
@@ -89,7 +91,7 @@ def _add_import(commands: Subparsers) -> None:
     parser.add_argument("--jitter-ms", type=float, metavar="MS", help="over which times are spread [its clock's steps]")
     parser.add_argument("--lengths", type=of(parse_lengths), help="where the source has none, such as empirical:FILE")
     parser.add_argument("--functions", type=int, metavar="N", help="that become adapters [all]")
-    parser.add_argument("--classes", type=lambda text: tuple(text.split(",")), help="such as Predictable,Bursty")
+    parser.add_argument("--classes", type=class_names, help="mixed, or such as predictable,bursty")
     parser.add_argument("--popularity-cap", type=int, metavar="N", help="leave out functions with more requests")
     parser.add_argument(
         "--rate", type=float, dest="rate_rps", metavar="RPS", help="leave out the busiest until it fits"
@@ -97,6 +99,13 @@ def _add_import(commands: Subparsers) -> None:
     parser.add_argument("--trigger", help="only functions invoked by this, such as http")
     parser.add_argument("--seed", type=int)
     parser.set_defaults(run=run_import)
+
+
+def class_names(text: str) -> tuple[str, ...]:
+    """As `generate` takes them, but for laws: `mixed` is all; upper and lower case are the same."""
+    if text.strip().lower() == "mixed":
+        return CLASSES
+    return tuple(word.strip().capitalize() for word in re.split("[,;]", text))
 
 
 def run_import(parsed: argparse.Namespace) -> int:

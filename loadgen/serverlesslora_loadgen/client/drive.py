@@ -78,7 +78,7 @@ async def drive(
     ordered = sorted(planned, key=lambda request: request.at_s)
     count = max(1, min(processes, len(ordered), concurrency or processes))
     children = [
-        Child(number, Job(target=target, start_at=0.0, requests=requests, concurrency=share))
+        Child(number, Job(target=target, requests=requests, concurrency=share))
         for number, (requests, share) in enumerate(deal(ordered, concurrency, count))
     ]
     try:

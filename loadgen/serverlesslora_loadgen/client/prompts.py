@@ -7,6 +7,7 @@ of the same made-up tokens wherever it appears, so that prefixes are shared as t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,8 +122,8 @@ class MadeUp:
         low, high = target.token_ids
         if not 0 <= low < high:
             raise WorkloadError(f"token ids from {low} up to {high} are none; give a range such as 300 4000")
-        if target.tokens_per_word <= 0:
-            raise WorkloadError(f"{target.tokens_per_word:g} tokens per word: it must be more than 0")
+        if not 0 < target.tokens_per_word < math.inf:
+            raise WorkloadError(f"{target.tokens_per_word:g} tokens per word: give a finite number, more than 0")
         self._range, self._seed = (low, high), seed
         self._tokens_per_word = target.tokens_per_word
         self._block = block_length(requests)

@@ -11,15 +11,19 @@ from serverlesslora_loadgen.money.baselines import (
     Instance,
     always_on,
     baseline_cost,
+    device_s_of_all,
     instance_of,
     keep_alive_name,
     kept_alive,
+    work_of_all,
 )
 from serverlesslora_loadgen.money.cost import (
     BOOKS,
     MEASURED,
     Work,
     busy_spans,
+    device_seconds,
+    is_host,
     ledger_cost,
     lifetimes_cost,
     work_of,
@@ -69,11 +73,18 @@ def account(
         notes += _ledger_notes(ledger, work, prices)
     if difference is not None and abs(difference) > SURPRISING:
         notes.append(f"The server's ledger and what was seen differ by {100 * difference:+.1f} %.")
-    instance = instance or instance_of(samples)
+    notes += _memory_notes(samples, device)
+    # Of what is seen on a device nobody knows how much lies there.
+    instance = instance or (instance_of(samples) if is_host(device) else None)
     if instance is None:
         notes.append("No baselines: nobody knows how large one full model with its process is (--instance-gb).")
         return _money(prices, measured, [], difference, notes)
-    device_s = measured[-1].device_seconds if measured else length(busy_spans(records, seconds))
+    if measured:
+        device_s = measured[-1].device_seconds or 0.0
+    else:
+        counted = device_seconds(samples, seconds)
+        device_s = length(busy_spans(records, seconds)) if counted is None else counted
+    device_s, of_all = device_s_of_all(device_s, work, records), work_of_all(work, records)
     ways = {
         ALWAYS_ON: ("one full model per adapter, always on", always_on(records, seconds, adapters=adapters)),
         keep_alive_name(keep_alive_s, speedup): (
@@ -82,13 +93,19 @@ def account(
         ),
     }
     baselines = [
-        baseline_cost(name, how, alive, instance, device_s=device_s or 0.0, device=device, prices=prices, work=work)
+        baseline_cost(name, how, alive, instance, device_s=device_s, device=device, prices=prices, work=of_all)
         for name, (how, alive) in ways.items()
     ]
     notes.append(
-        "Baselines do the same work with the same device seconds, start in no time and answer every request: they "
-        "cost less here than they would."
+        "Baselines take as many device seconds a request, start in no time and answer every request, all of them good "
+        "and as fast as warm ones here: they look better here than they would."
     )
+    if measured:
+        notes.append(
+            "Idle does not mean the same in all rows: of what was seen it is memory while no request of any adapter "
+            "was in flight, of a ledger what was put down to nobody, of a baseline instances without a request of "
+            "their own adapter."
+        )
     if speedup != 1:
         notes.append(
             f"Time was compressed by {speedup:g}, answers were not: with the trace's own time, memory that waits would "
@@ -135,6 +152,24 @@ def _ledger_notes(ledger: Ledger, work: Work, prices: Prices) -> list[str]:
             f"{theirs.currency}, without a price per request."
         )
     return notes
+
+
+def _memory_notes(samples: Sequence[Sample], device: str | None) -> list[str]:
+    """What was seen is priced as the host's memory, so it must be that."""
+    if all(sample.held_bytes is None for sample in samples):
+        return []
+    if not is_host(device):
+        return [
+            f"What was seen is not priced: the server computes on {device}, and how much of what it holds lies there, "
+            "where memory costs more than the host's, nobody told. The server's own ledger would; baselines need "
+            "--instance-gb."
+        ]
+    if device is None:
+        return [
+            "Nobody said what the server computes on: only the host's memory was seen and is paid here. Of a server on "
+            "a GPU the larger part is missing."
+        ]
+    return []
 
 
 def _by_the_paper(

@@ -1,4 +1,7 @@
-"""The same requests served by one full model per adapter: always on, or kept for a while after each answer."""
+"""The same requests served by one full model per adapter: always on, or kept for a while after each answer.
+
+All of them, also those that the measured server refused, failed or was never sent.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from serverlesslora_loadgen.money.cost import Work, in_flight, make_cost
+from serverlesslora_loadgen.money.cost import Work, in_flight, is_host, make_cost
 from serverlesslora_loadgen.money.prices import GB, Prices
 from serverlesslora_loadgen.money.spans import Span, length, union
 from serverlesslora_loadgen.observe import Sample
-from serverlesslora_loadgen.record import Record
+from serverlesslora_loadgen.record import WARM, Record
 from serverlesslora_loadgen.result import Cost
 from serverlesslora_loadgen.units import show_seconds
 
@@ -50,6 +53,27 @@ def instance_of(samples: Sequence[Sample]) -> Instance | None:
     if not backbone or not own:
         return None
     return Instance(backbone, min(own), "a backbone and the smallest share per worker that was seen")
+
+
+def work_of_all(work: Work, records: Sequence[Record]) -> Work:
+    """`work`: of the measured server. One that answers every request is not to look dearer by the failures of another;
+    answers that are missing are as long as those that came. All are good where anybody judged, and take as long as
+    those that met nothing cold, where the server says which: a baseline is not made worse than it need be."""
+    sent = len(records)
+    warm = [record.e2e_s for record in records if record.outcome == "ok" and record.cold == WARM]
+    known = [each for each in warm if each is not None]
+    return Work(
+        answered=sent,
+        let_in=sent,
+        output_tokens=round(work.output_tokens * sent / work.answered) if work.answered else 0,
+        good=None if work.good is None else sent,
+        mean_e2e_s=statistics.fmean(known) if known else work.mean_e2e_s,
+    )
+
+
+def device_s_of_all(device_s: float, work: Work, records: Sequence[Record]) -> float:
+    """What the measured server took for those that it let in, for every request."""
+    return device_s * len(records) / work.let_in if work.let_in else 0.0
 
 
 def spans_by_adapter(records: Sequence[Record]) -> dict[str, list[Span]]:
@@ -95,13 +119,17 @@ def baseline_cost(
     work: Work,
 ) -> Cost:
     """The same work takes the same device seconds: batches of several adapters, which these servers cannot make, would
-    only make it less for who can."""
-    per_second = prices.memory({"host": instance.size_bytes})
-    backbone = prices.memory({"host": instance.backbone_bytes}) * alive.busy_s
+    only make it less for who can. `work`, `device_s`: of this baseline, which answers everything."""
+    tier = "host" if is_host(device) else "device"
+    per_second = prices.memory({tier: instance.size_bytes})
+    backbone = prices.memory({tier: instance.backbone_bytes}) * alive.busy_s
     return make_cost(
         name,
         f"{how}: {alive.alive_s:.4g} instance seconds of {instance.size_bytes / GB:.3g} GB ({instance.source}) at "
-        f"{prices.gb_second.host:g} per GB-second, and the device seconds and requests of the measured run",
+        f"{prices.memory({tier: GB}):g} ({tier} memory), "
+        f"{device_s:.4g} device seconds at {prices.device_price(device):g} (as many a request as in the measured run), "
+        f"{work.let_in} requests at {prices.request:g}; idle: the memory of instances while no request of their own "
+        f"adapter was in flight; E2E as measured where nothing was cold",
         parts={
             "backbone": backbone,
             "workers": per_second * alive.busy_s - backbone,
@@ -114,6 +142,7 @@ def baseline_cost(
         gb_seconds=alive.alive_s * instance.size_bytes / GB,
         device_seconds=device_s,
         idle_share=1 - alive.busy_s / alive.alive_s if alive.alive_s else None,
+        e2e_s=work.mean_e2e_s,
     )
 
 

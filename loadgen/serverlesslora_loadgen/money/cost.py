@@ -24,6 +24,8 @@ from serverlesslora_loadgen.result import Cost, CostPart
 
 MEASURED, BOOKS = "lifetimes", "ledger"
 
+HOST = "cpu"  # how the name of a device begins that computes in the host's memory
+
 # Where the memory of a part is shown; what is nobody else's belongs to processes.
 SHOWN_AS = {"backbone": "backbone", "adapters": "adapters"}
 
@@ -36,6 +38,12 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int  # of the answers
     good: int | None = None  # answered within the limits; None: nobody judged
     mean_e2e_s: float | None = None
+
+
+def is_host(device: str | None) -> bool:
+    """Whether all that a server on this device holds lies in the host's memory. Of one that nobody named we believe it,
+    as no other memory was seen."""
+    return device is None or device.casefold().startswith(HOST)
 
 
 def work_of(records: Sequence[Record], *, good: int | None = None) -> Work:
@@ -106,13 +114,14 @@ def lifetimes_cost(
     device: str | None = None,
     source: str = "looked at from outside",
 ) -> Cost | None:
-    """By what was seen while it ran. None: nobody saw any memory.
+    """By what was seen while it ran. None: nobody saw any memory, or some of it lies on a device: how much, nobody
+    tells, and it costs many times as much as the host's.
 
     Idle is the memory at times when no request was in flight. Without a count of device seconds, every moment at which
     one was in flight counts as one.
     """
     seen = [sample for sample in samples if sample.held_bytes is not None]
-    if not seen or seconds <= 0:
+    if not seen or seconds <= 0 or not is_host(device):
         return None
     run = Span(0.0, seconds)
     busy = busy_spans(records, seconds)
@@ -133,7 +142,8 @@ def lifetimes_cost(
         MEASURED,
         f"{held_byte_s / GB:.4g} GB-seconds held ({source}) at {prices.gb_second.host:g}, "
         f"{length(busy) if device_s is None else device_s:.4g} device seconds ({clock}) at "
-        f"{prices.device_price(device):g}, {work.let_in} requests at {prices.request:g}",
+        f"{prices.device_price(device):g}, {work.let_in} requests at {prices.request:g}; idle: the memory while no "
+        f"request of any adapter was in flight",
         parts=parts,
         work=work,
         prices=prices,
@@ -163,7 +173,7 @@ def ledger_cost(ledger: Ledger, *, prices: Prices, work: Work) -> Cost:
     return make_cost(
         BOOKS,
         f"{held / GB:.4g} GB-seconds, {usage.device_s:.4g} device seconds and {usage.requests} requests by the "
-        f"server's own ledger",
+        f"server's own ledger; idle: the memory that it put down to nobody",
         parts={
             "memory": prices.memory(usage.byte_s) - idle_money,
             "compute": prices.devices(usage.device_s_of),

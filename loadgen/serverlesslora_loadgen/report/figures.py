@@ -87,7 +87,7 @@ def attainment(result: Result) -> Figure | None:
         keys = [label(group.key, 14) for group in members]
         met = [group.attainment if group.attainment.n else None for group in members]
         colour = LIGHT["ink"]
-        dots(figure, "met the limits", met, keys, colour=colour, show="%{y:.1%}", showlegend=False, row=1, col=col)
+        dots(figure, words.good(result), met, keys, colour=colour, show="%{y:.1%}", showlegend=False, row=1, col=col)
         for name, share, colour in (("TTFT p50", "p50", LIGHT["warm"]), ("TTFT p99", "p99", LIGHT["cold-2"])):
             found = [words.percentile(group, "ttft", share) for group in members]
             dots(figure, name, found, keys, colour=colour, show="%{y:.3s}s", showlegend=col == 1, row=2, col=col)
@@ -103,7 +103,7 @@ def attainment(result: Result) -> Figure | None:
     times = [words.percentile(group, "ttft", share) for group in every_one for share in ("p50", "p99")]
     ends = [end for time in times if time is not None for end in (time.value, time.low, time.high)]
     figure.update_yaxes(row=2, **log_seconds(ends))
-    figure.update_yaxes(title="met the limits", row=1, col=1)
+    figure.update_yaxes(title=words.good(result), row=1, col=1)
     figure.update_yaxes(title="TTFT", row=2, col=1)
     return marked(figure, result)
 
@@ -174,7 +174,7 @@ def knee(result: Result) -> Figure | None:
     good = [point.goodput_rps for point in points]
     p50, p99 = [point.ttft_p50_s for point in points], [point.ttft_p99_s for point in points]
     for col, name, values, colour, show in (
-        (1, "met the limits", [value.value for value in met], LIGHT["ink"], "%{y:.1%} of n = %{customdata:,}"),
+        (1, words.good(result), [value.value for value in met], LIGHT["ink"], "%{y:.1%} of n = %{customdata:,}"),
         (2, "TTFT p50", p50, LIGHT["warm"], "%{y:.3s}s"),
         (2, "TTFT p99", p99, LIGHT["cold-2"], "%{y:.3s}s"),
         (3, "goodput", good, LIGHT["workers"], "%{y:.3~g} good / s"),
@@ -197,7 +197,7 @@ def knee(result: Result) -> Figure | None:
     figure.add_scatter(x=both, y=both, mode="lines", line=dotted, name="all good", hoverinfo="skip", row=1, col=3)
     limit_line(figure, result.setup.limits.ttft_s, across=True, row=1, col=2)
     figure.update_xaxes(title="offered, requests / s", rangemode="tozero")
-    figure.update_yaxes(title="met the limits", rangemode="tozero", row=1, col=1, **PERCENT)
+    figure.update_yaxes(title=words.good(result), rangemode="tozero", row=1, col=1, **PERCENT)
     times = log_seconds([result.setup.limits.ttft_s, *p50, *p99])
     figure.update_yaxes(title="TTFT", row=1, col=2, **times)
     figure.update_yaxes(title="good requests / s", rangemode="tozero", row=1, col=3)

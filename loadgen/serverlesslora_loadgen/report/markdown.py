@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from serverlesslora_loadgen.analysis import calibrated
 from serverlesslora_loadgen.errors import LoadgenError
 from serverlesslora_loadgen.report import words
 from serverlesslora_loadgen.report.words import Cell, Fragment, cell, percent, percentile, price
@@ -26,14 +27,16 @@ def write_summary(result: Result, path: Path) -> None:
 
 
 def summary(result: Result) -> str:
+    # A trace may have deadlines of its own, so without limits good is not only answered.
+    met = words.good(result)
     loud = [f"> **{word}** {text(why)}\n" for word, why in words.warnings(result)]
     parts = [
         "".join(_fragment(fragment) for fragment in words.sentence(result)).strip() + "\n",
         *loud,
         *_objectives(result),
         *_latencies(result),
-        *_groups("cold start", words.cold_groups(result)),
-        *_groups("class", result.whole.groups.get("class", [])),
+        *_groups("cold start", words.cold_groups(result), met),
+        *_groups("class", result.whole.groups.get("class", []), met),
         *_money(result),
         *_client(result),
         *_again(result),
@@ -88,7 +91,8 @@ def _latencies(result: Result) -> list[str]:
     return [_table(("from the intended time", "n", *shares), rows)] if rows else []
 
 
-def _groups(title: str, groups: Sequence[Group]) -> list[str]:
+def _groups(title: str, groups: Sequence[Group], met: str) -> list[str]:
+    """`met`: what the share of good requests is called."""
     rows = [
         (
             code(group.key),
@@ -98,7 +102,7 @@ def _groups(title: str, groups: Sequence[Group]) -> list[str]:
         )
         for group in groups
     ]
-    return [_table((title, "sent", "met the limits", "TTFT p50", "TTFT p99"), rows)] if rows else []
+    return [_table((title, "sent", met, "TTFT p50", "TTFT p99"), rows)] if rows else []
 
 
 def _money(result: Result) -> list[str]:
@@ -113,17 +117,32 @@ def _money(result: Result) -> list[str]:
                 for amount in (cost.total, cost.per_1k_requests, cost.per_good_request)
             ),
             words.MISSING if cost.idle_share is None else percent(cost.idle_share),
+            words.MISSING if cost.effectiveness is None else words.number(cost.effectiveness),
         )
         for cost in (*money.measured, *money.baselines)
     ]
-    return [_table(("cost", "total", "per 1k requests", "per good request", "idle"), rows)]
+    head = ("cost", "total", "per 1k requests", "per good request", "idle", "1 / (E2E × cost)")
+    idle = (
+        "Idle: of what was measured, memory while no request of any adapter was in flight; of a baseline, instances "
+        "without one of their own adapter.\n"
+    )
+    return [_table(head, rows), *([idle] if money.measured and money.baselines else [])]
 
 
 def _client(result: Result) -> list[str]:
     lag = result.client.lag
-    late = "nothing was sent" if lag is None else f"p99 lag {_cell(cell(lag.percentiles.get('p99')))}, n = {lag.n:,}"
+    shares = ("p50", "p99", "max")
+    late = (
+        "nothing was sent"
+        if lag is None
+        else f"lag {', '.join(f'{share} {_cell(cell(lag.percentiles.get(share)))}' for share in shares)}, n = {lag.n:,}"
+    )
     known = result.setup.calibration
-    added = f"adds {show_seconds(known.added_ttft_p50_s)} to TTFT p50" if known else "not calibrated"
+    added = "not calibrated"
+    if known is not None:
+        added = f"adds {show_seconds(known.added_ttft_p50_s)} to TTFT p50"
+        if other := calibrated.differences(known, result.setup.environment, result.client.processes):
+            added += f", if the calibration is of this client ({text('; '.join(other))})"
     return [f"Client: {late}; {percent(min(1.0, result.client.cpu_share))} of a core; {added}.\n"]
 
 

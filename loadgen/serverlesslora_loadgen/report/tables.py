@@ -53,7 +53,7 @@ class Story(NamedTuple):
 def tiles(result: Result) -> list[Tile]:
     """The numbers that people look for first."""
     whole, steady = result.whole, result.steady
-    shown = [_share_tile(whole, steady)]
+    shown = [_share_tile(result)]
     for name, share in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"), ("tpot", "p99"), ("e2e", "p99")):
         after = None if steady is None else percentile(steady, name, share)
         shown.append(_time_tile(f"{words.LATENCIES[name]} {share}", percentile(whole, name, share), after))
@@ -77,10 +77,13 @@ def tiles(result: Result) -> list[Tile]:
     return shown
 
 
-def _share_tile(whole: Section, steady: Section | None) -> Tile:
+def _share_tile(result: Result) -> Tile:
+    whole, steady = result.whole, result.steady
     share = cell(whole.attainment, percent)
     after = "" if steady is None else f"after warm-up {cell(steady.attainment, percent).value}"
-    return Tile("Met the limits", share.value, f"{share.between}, n = {share.n:,}" if share.n else "n = 0", after)
+    return Tile(
+        words.good(result).capitalize(), share.value, f"{share.between}, n = {share.n:,}" if share.n else "n = 0", after
+    )
 
 
 def _time_tile(title: str, estimate: Estimate | None, after: Estimate | None) -> Tile:

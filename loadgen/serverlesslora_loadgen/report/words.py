@@ -144,6 +144,12 @@ def limits(of: Limits) -> str:
     return " and ".join(f"{name} ≤ {show_seconds(limit)}" for name, limit in named if limit is not None)
 
 
+def good(result: Result) -> str:
+    """What it means to be good here."""
+    has_limits = limits(result.setup.limits) or result.setup.trace.deadlines
+    return "met the limits" if has_limits else "were answered (no limits were set)"
+
+
 def cold_groups(result: Result) -> list[Group]:
     """The warm first, then from the least cold to the coldest, then what the server said nothing of."""
 
@@ -200,11 +206,12 @@ def sentence(result: Result) -> list[Fragment]:
         ),
     ]
     if whole.counts.sent:
-        asked = limits(result.setup.limits)
+        own = "the deadlines of their own" if facts.deadlines else ""
+        asked = " and ".join(filter(None, (limits(result.setup.limits), own)))
         met = cell(whole.attainment, percent)
         said += [
             Fragment(met.value, strong=True),
-            Fragment(f" ({met.between}) {f'met {asked}' if asked else 'were answered'}. "),
+            Fragment(f" ({met.between}) {f'met {asked}' if asked else 'were answered; no limits were set'}. "),
             *_cold(result),
             *_correct(result),
         ]
@@ -238,10 +245,11 @@ def _cold(result: Result) -> list[Fragment]:
 def _correct(result: Result) -> list[Fragment]:
     counts = result.whole.counts
     wrong = sum(counts.failures.get(name, 0) for name in ("wrong-answer", "wrong-model"))
-    checked = f"{wrong:,} wrong answers" if result.setup.verified or wrong else "answers were not checked"
+    held = result.setup.verified_requests
+    checked = f"{wrong:,} wrong answers" if result.setup.verified or wrong else "Answers were not checked"
     return [
-        Fragment(checked[0].upper() + checked[1:], strong=bool(wrong)),
-        Fragment(", "),
+        Fragment(checked, strong=bool(wrong)),
+        Fragment(f" ({held:,} of {counts.sent:,} checked), " if held else ", "),
         Fragment(f"{counts.failed:,} failed", strong=bool(counts.failed)),
         Fragment(f", {counts.shed:,} shed, "),
         Fragment(f"{counts.unsent:,} not sent.", strong=bool(counts.unsent)),

@@ -84,8 +84,6 @@ def read_minutes(path: Path, options: ImportOptions, progress: Progress | None =
 def import_invocations(path: Path, options: ImportOptions, progress: Progress | None = None) -> Imported:
     """`app,func,end_timestamp,duration` in seconds; an invocation begins at its end less its duration."""
     require_lengths(options, str(path))
-    if options.trigger is not None:
-        raise WorkloadError(f"Azure Functions of 2021 has no triggers to choose {options.trigger!r} from; leave it out")
     header, rows = read_table(path, progress)
     names = ("app", "func", "end_timestamp", "duration")
     app, function, ended, lasted = Columns(header).need(names, "Azure Functions trace of 2021")

@@ -45,6 +45,7 @@ def import_azure_llm(path: Path, options: ImportOptions, progress: Progress | No
     requests: list[TraceRequest] = []
     first: datetime | None = None
     before = 0
+    earliest_s = _earliest_s(options)
     for row in rows:
         at = _instant(row, when)
         first = first or at
@@ -52,16 +53,15 @@ def import_azure_llm(path: Path, options: ImportOptions, progress: Progress | No
         if at_s >= options.end_s + OUT_OF_ORDER_S:
             break
         before += at_s < 0
-        if options.start_s <= at_s < options.end_s:
+        if earliest_s <= at_s < options.end_s:
             input_length, output_length = row.count(context, names[1]), row.count(generated, names[2])
-            after_ms = to_ms(at_s - options.start_s)
-            requests.append(TraceRequest(after_ms, input_length, output_length, options.model))
+            requests.append(TraceRequest(to_ms(at_s), input_length, output_length, options.model))
             guard_size(len(requests), str(path))
     notes = [] if first is None else [f"times count from the first row of {path.name}, {first.isoformat(sep=' ')}"]
     if before:
         notes.append(f"{before} requests from before that, further down in the file, were left out")
     requests, more = _spread(requests, None, options)
-    return Imported(in_order(requests, options, str(path)), notes + more)
+    return Imported(in_order(_cut(requests, options), options, str(path)), notes + more)
 
 
 def import_burstgpt(path: Path, options: ImportOptions, progress: Progress | None = None) -> Imported:
@@ -78,6 +78,8 @@ def import_burstgpt(path: Path, options: ImportOptions, progress: Progress | Non
     origin_s: float | None = None
     failed = 0
     whole_seconds = True
+    # Those of the second that is begun are kept, until it is known whether they are put off within it.
+    earliest_s = math.floor(options.start_s) if options.jitter_ms is None else _earliest_s(options)
     for row in rows:
         timestamp = row.number(when, names[0])
         if origin_s is None:
@@ -85,8 +87,7 @@ def import_burstgpt(path: Path, options: ImportOptions, progress: Progress | Non
         at_s = timestamp - origin_s
         if at_s >= options.end_s + OUT_OF_ORDER_S:
             break
-        # Those of the second that is begun are kept, until it is known whether they are put off within it.
-        if not math.floor(options.start_s) <= at_s < options.end_s:
+        if not earliest_s <= at_s < options.end_s:
             continue
         input_length, output_length = row.count(asked, names[2]), row.count(answered, names[3])
         if input_length == 0 or output_length == 0:
@@ -117,6 +118,11 @@ def _instant(row: Row, column: int) -> datetime:
     except ValueError:
         raise row.mistake(f"has {text!r} for TIMESTAMP, which is no time such as 2023-11-16 18:17:03.97") from None
     return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _earliest_s(options: ImportOptions) -> float:
+    """Of what may be put off into the time that is taken, which is cut out after that."""
+    return max(0.0, options.start_s - (options.jitter_ms or 0.0) / 1000)
 
 
 def _spread(
