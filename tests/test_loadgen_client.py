@@ -12,19 +12,23 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import uvloop
 
+from serverlesslora_loadgen.client import connection, frames, stream
 from serverlesslora_loadgen.client.address import address_of
 from serverlesslora_loadgen.client.connection import Client, Connection, Exchange
 from serverlesslora_loadgen.client.drive import drive
 from serverlesslora_loadgen.client.golden import Asking
+from serverlesslora_loadgen.client.process import Outbox, Work
 from serverlesslora_loadgen.client.stream import Reading
 from serverlesslora_loadgen.errors import LoadgenError, TargetError
-from serverlesslora_loadgen.plan import Target
+from serverlesslora_loadgen.plan import Job, Target
 from serverlesslora_loadgen.record import Record
 from tests.loadgen_peer import TOKENS, Peer, outcomes, planned, run, serving
+from tests.loadgen_runs import answered, result
 
 
 def refusing(status: str, *headers: str) -> Callable[[Peer], None]:
@@ -176,6 +180,13 @@ def test_what_is_no_header_or_no_number() -> None:
         run(drive(Target(url="http://a"), planned(1), concurrency=0))
 
 
+@pytest.mark.parametrize("more", ["?api-version=3&key=secret", "#part"])
+def test_what_would_be_left_out_of_an_address_is_refused(more: str) -> None:
+    with pytest.raises(TargetError, match=r"http://a:1/b is followed by a \?query") as refused:
+        address_of(Target(url="http://a:1/b" + more))
+    assert "secret" not in str(refused.value)
+
+
 def test_addresses() -> None:
     assert address_of(Target(url="https://a.example/v1/"))[1:] == (443, True, "a.example", "/v1/completions")
     assert address_of(Target(url="http://[::1]:80"))[:4] == ("::1", 80, False, "[::1]:80")
@@ -257,3 +268,95 @@ def test_trailers_are_no_headers_of_the_next_answer() -> None:
             return [(await asking.ask(each))[0] for each in planned(2)]
 
     assert [(record.outcome, record.request_id) for record in run(test())] == [("ok", ""), ("ok", "")]
+
+
+def test_an_answer_that_breaks_the_client_has_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(*_: object) -> None:
+        raise OverflowError("too much")
+
+    async def test() -> list[Record]:
+        async with serving(lambda peer: peer.answer()) as server, Asking(Target(url=server.url)) as asking:
+            return [(await asyncio.wait_for(asking.ask(each), 10))[0] for each in planned(2)]
+
+    monkeypatch.setattr(stream, "judge", judge)
+    records = run(test())
+    assert [(record.id, record.failure, record.input_tokens) for record in records] == [
+        (0, "malformed", 0),
+        (1, "malformed", 0),
+    ]
+    assert all("too much" in record.detail and None not in (record.written_s, record.done_s) for record in records)
+
+
+def test_a_record_that_cannot_be_told_is_told_as_such() -> None:
+    told = bytearray()
+
+    class Pipe(asyncio.WriteTransport):
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            told.extend(data)
+
+    async def test() -> None:
+        work = Work(Job(target=Target(url="http://127.0.0.1:9"), requests=tuple(planned(1))), Outbox(Pipe()))
+        record = Record(id=0, model="tea", intended_s=1.0, written_s=1.5, outcome="ok", input_tokens=2**70)
+        work._ended(record, "")
+        work.count()
+        await asyncio.wait_for(work._over.wait(), 10)
+        work.shutdown()
+
+    run(test())
+    done, count = [frames.decode(frame) for frame in frames.Splitter().feed(bytes(told))]
+    assert isinstance(done, frames.Done) and isinstance(count, frames.Count)
+    assert (done.record.id, done.record.failure, done.record.written_s) == (0, "malformed", 1.5)
+    assert (count.ok, count.failed) == (0, 1)
+
+
+def test_what_it_took_to_connect_is_not_the_client_being_late() -> None:
+    async def test() -> list[Record]:
+        async with serving(lambda peer: peer.answer()) as server, Asking(Target(url=server.url)) as asking:
+            loop = asyncio.get_running_loop()
+            connect = loop.create_connection
+
+            async def slowly(*args: Any, **more: Any) -> Any:
+                await asyncio.sleep(0.2)
+                return await connect(*args, **more)
+
+            loop.create_connection = slowly  # type: ignore[method-assign]
+            return [(await asking.ask(each))[0] for each in planned(2)]
+
+    first, second = run(test())
+    assert first.connect_s is not None and first.connect_s >= 0.19
+    assert first.written_s is not None and first.lag_s == pytest.approx(first.written_s - first.connect_s)
+    assert second.outcome == "ok" and second.connected_s is None
+
+
+def test_a_run_with_new_connections_only_is_valid() -> None:
+    far = [answered(i, written_s=i + 0.031, connected_s=i + 0.03) for i in range(300)]
+    found = result(far)
+    assert found.verdict.valid and found.client.lag is not None
+    assert found.client.lag.percentiles["p99"].value == pytest.approx(0.001)
+    late = [answered(i, started_s=i + 0.03, written_s=i + 0.061, connected_s=i + 0.06) for i in range(300)]
+    assert not result(late).verdict.valid
+
+
+def test_an_address_where_packets_vanish_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> str:
+        async with serving(lambda peer: None) as server:
+            port = int(server.url.rpartition(":")[2])
+            loop = asyncio.get_running_loop()
+            connect = loop.create_connection
+
+            async def getaddrinfo(*_: object, **__: object) -> Any:
+                return [(socket.AF_INET, 1, 6, "", (address, port)) for address in ("192.0.2.1", "127.0.0.1")]
+
+            async def create_connection(factory: Any, host: str, port: int) -> Any:
+                if host == "192.0.2.1":
+                    await asyncio.Event().wait()
+                return await connect(factory, host, port)
+
+            loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign]
+            loop.create_connection = create_connection  # type: ignore[method-assign,assignment]
+            client = Client(Target(url=f"http://two.example:{port}"), lambda *_: None)
+            await asyncio.wait_for(client.resolve(), 10)
+            return client._ip
+
+    monkeypatch.setattr(connection, "RESOLVE_S", 0.05)
+    assert run(test()) == "127.0.0.1"

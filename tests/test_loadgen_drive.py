@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import ssl
 import subprocess
@@ -12,15 +13,20 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
 import pytest
+import uvloop
 
 from serverlesslora_loadgen.client import frames
-from serverlesslora_loadgen.client.drive import Driven, Progress, deal, drive, settle_cold
+from serverlesslora_loadgen.client.drive import Child, Driven, Progress, deal, drive, settle_cold
+from serverlesslora_loadgen.client.golden import Asking
 from serverlesslora_loadgen.plan import Job, Target
+from serverlesslora_loadgen.record import Record
 from tests.loadgen_peer import TOKENS, Peer, Server, outcomes, planned, run, serving
 
 
@@ -45,6 +51,44 @@ def test_every_request_is_answered_and_has_its_record() -> None:
         assert record.lag_s is not None and record.lag_s >= 0
         assert (record.output_tokens, record.request_id) == (TOKENS, "r-1") and record.bytes_in > 100
     assert told[-1][1:] == (60, 60, 60, 60, 0, 0, 0)
+
+
+def test_answers_that_nobody_can_count_end_the_run_all_the_same() -> None:
+    usage = b'{"model":"tea","choices":[],"usage":{"prompt_tokens":2,"completion_tokens":%d}}' % 2**70
+
+    def asked(peer: Peer) -> None:
+        if server_requests.pop():
+            date = "Mon, 01 Jan 2024 00:00:00"
+            peer.refuse("429 Too Many Requests", f"Date: {date} GMT", f"Retry-After: {date} +99999999999999999")
+        else:
+            peer.begin()
+            peer.chunk(b"data: %b\n\ndata: [DONE]\n\n" % usage)
+            peer.transport.write(b"0\r\n\r\n")
+
+    server_requests = [True, False]
+
+    async def test() -> Driven:
+        async with serving(asked) as server:
+            return await asyncio.wait_for(drive(Target(url=server.url), planned(2), concurrency=1), 20)
+
+    assert outcomes(run(test()).records) == {"malformed": 1, "shed": 1}
+
+
+def test_a_closed_loop_goes_on_after_done() -> None:
+    """Each of these answers stays open: with a second for each of them this would take too long."""
+    usage = b'data: {"model":"tea","choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3}}\n\n'
+
+    def asked(peer: Peer) -> None:
+        peer.begin()
+        for number in range(TOKENS):
+            peer.token(number)
+        peer.chunk(usage + b"data: [DONE]\n\n")
+
+    async def test() -> Driven:
+        async with serving(asked) as server:
+            return await asyncio.wait_for(drive(Target(url=server.url), planned(20), concurrency=1), 15)
+
+    assert outcomes(run(test()).records) == {"ok": 20}
 
 
 def test_connections_are_kept_for_the_next_request() -> None:
@@ -159,15 +203,15 @@ def test_a_name_that_nobody_has() -> None:
     assert outcomes(driven.records) == {"connect": 2}
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_an_interrupt_ends_the_run_with_all_its_records(times: int) -> None:
+@pytest.mark.parametrize(("times", "number"), [(1, signal.SIGINT), (2, signal.SIGINT), (1, signal.SIGTERM)])
+def test_an_interrupt_ends_the_run_with_all_its_records(times: int, number: signal.Signals) -> None:
     """Once: who is under way may end. Twice: everything ends."""
     waiting: list[Peer] = []
 
     def asked(peer: Peer) -> None:
         waiting.append(peer)
         if len(waiting) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     def progress(now: Progress) -> None:
         if now.done >= 7 and times == 1:  # those that will not be sent
@@ -175,16 +219,22 @@ def test_an_interrupt_ends_the_run_with_all_its_records(times: int) -> None:
                 waiting.pop().answer()
         elif now.done >= 7 and len(waiting) == 3:
             waiting.clear()
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     async def test() -> Driven:
         async with serving(asked) as server:
             plan = [msgspec.structs.replace(p, at_s=0.0 if p.id < 3 else 1000.0) for p in planned(10)]
             return await drive(Target(url=server.url), plan, on_progress=progress)
 
-    before = signal.getsignal(signal.SIGINT)
-    driven = run(test())
-    assert signal.getsignal(signal.SIGINT) is before
+    def ended(*_: object) -> None:
+        raise AssertionError("the signal came to the whole process")
+
+    before = signal.signal(number, ended)
+    try:
+        driven = run(test())
+        assert signal.getsignal(number) is ended
+    finally:
+        signal.signal(number, before)
     assert driven.interrupted and len(driven.records) == 10
     assert outcomes(driven.records) == ({"ok": 3, "unsent": 7} if times == 1 else {"unsent": 10})
     assert all("interrupted" in record.detail for record in driven.records[3:])
@@ -203,6 +253,62 @@ def test_a_run_that_is_given_up_leaves_no_process() -> None:
 
     run(test())
     assert not [child for child in psutil.Process().children() if "client.process" in " ".join(child.cmdline())]
+
+
+def stands_in(path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Client processes that do something else."""
+    (path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(LOADGEN)!r})\n{script}")
+    program = path / "python"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} {path / 'script.py'}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+FLOOD = """
+import os
+from serverlesslora_loadgen.client import frames
+frames.read_job(0)
+os.write(1, frames.encode(frames.Ready()))
+os.read(0, frames.START.size)
+while True:
+    os.write(1, 1000 * frames.encode(frames.Count()))
+"""
+
+
+def test_processes_that_nobody_listens_to_any_more_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their pipes full: a process whose output is not read to its end is waited for without end."""
+
+    def broken(_: Progress) -> None:
+        raise LookupError("no place to show it")
+
+    stands_in(tmp_path, monkeypatch, FLOOD)
+    with pytest.raises(ExceptionGroup) as raised:
+        run(asyncio.wait_for(drive(Target(url="http://127.0.0.1:9"), planned(4), processes=2, on_progress=broken), 20))
+    assert raised.group_contains(LookupError)
+    assert not [child for child in psutil.Process().children() if "script.py" in " ".join(child.cmdline())]
+
+
+def test_a_process_whose_pipe_is_full_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(tmp_path, monkeypatch, FLOOD.replace("os.read(0, frames.START.size)", ""))
+
+    async def test() -> None:
+        child = Child(0, Job(target=Target(url="http://127.0.0.1:9"), requests=tuple(planned(1))))
+        await child.startup()
+        process: Any = child._process
+        while not process.stdout._paused:
+            await asyncio.sleep(0)
+        await asyncio.wait_for(child.shutdown(), 10)
+        assert process.returncode == -signal.SIGKILL
+
+    run(test())
+
+
+def test_a_long_complaint_costs_no_other_process_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(tmp_path, monkeypatch, "sys.stderr.write('x' * 200_000 + '\\nno memory\\n'); sys.exit(3)")
+    driven = run(drive(Target(url="http://127.0.0.1:9"), planned(2)))
+    assert outcomes(driven.records) == {"unsent": 2}
+    assert all("code 3; x" in r.detail and r.detail.endswith("; no memory") for r in driven.records)
+    assert all(len(record.detail) < 1000 for record in driven.records)
 
 
 def test_a_process_whose_starter_is_gone_ends() -> None:
@@ -271,8 +377,15 @@ def test_what_is_sent() -> None:
     assert headers["content-length"] == str(len(body)) and "transfer-encoding" not in headers
 
 
-@pytest.mark.skipif(subprocess.run(["which", "openssl"], capture_output=True).returncode != 0, reason="needs openssl")
-def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Tls(NamedTuple):
+    context: ssl.SSLContext  # of a server
+    certificate: Path
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Tls:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     subprocess.run(
@@ -282,14 +395,69 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    return Tls(context, certificate)
+
+
+@pytest.mark.parametrize("new_loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_written_under_tls(
+    tls: Tls, monkeypatch: pytest.MonkeyPatch, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """A server that reads nothing of a large body, until it does."""
+    went_on: list[float] = []
+
+    async def test() -> Record:
+        async with serving(lambda peer: peer.answer(), tls.context) as server:
+            accept = server._connected
+
+            def paused() -> Peer:
+                peer = accept()
+                made = peer.connection_made
+
+                def connection_made(transport: asyncio.BaseTransport) -> None:
+                    made(transport)
+                    peer.transport.pause_reading()
+
+                    def go_on() -> None:
+                        went_on.append(time.monotonic())
+                        peer.transport.resume_reading()
+
+                    asyncio.get_running_loop().call_later(0.3, go_on)
+
+                peer.connection_made = connection_made  # type: ignore[method-assign]
+                return peer
+
+            server._connected = paused  # type: ignore[method-assign]
+            await server.stop()
+            await server.start(tls.context)
+            large = json.dumps({"model": "tea", "max_tokens": TOKENS, "prompt": "x" * (24 << 20)}).encode()
+            async with Asking(Target(url=server.url)) as asking:
+                record, _ = await asking.ask(planned(1, body=large)[0])
+                went_on[0] -= asking._client.start_at
+                return record
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    record = run(test(), new_loop=new_loop)
+    assert record.outcome == "ok" and record.written_s is not None and record.first_byte_s is not None
+    assert went_on[0] <= record.written_s <= record.first_byte_s
+
+
+def test_tls(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def on_one_connection() -> list[Record]:
+        async with serving(lambda peer: peer.answer(), tls.context) as server, Asking(Target(url=server.url)) as asking:
+            return [(await asking.ask(each))[0] for each in planned(3)]
 
     async def test() -> Driven:
-        async with serving(lambda peer: peer.answer(), context) as server:
+        async with serving(lambda peer: peer.answer(), tls.context) as server:
             return await drive(Target(url=server.url), planned(6, every_s=0.01))
 
     assert outcomes(run(test()).records) == {"connect": 6}  # who is that?
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert outcomes(run(test()).records) == {"ok": 6}
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    records = run(test()).records
+    assert outcomes(records) == {"ok": 6} and records[0].connect_s is not None
+    for loop in (uvloop.new_event_loop, asyncio.new_event_loop):
+        kept = run(on_one_connection(), new_loop=loop)
+        assert [record.connect_s is None for record in kept] == [False, True, True]
+        assert all(record.written_s is not None for record in kept)
 
 
 def test_a_run_outside_the_main_thread() -> None:

@@ -29,6 +29,7 @@ records = st.builds(
     intended_s=st.floats(0, 1e9, allow_nan=False),
     **dict.fromkeys(("started_s", "written_s", "first_byte_s", "first_token_s", "second_token_s"), stamps),
     **dict.fromkeys(("last_token_s", "done_s", "retry_after_s", "max_gap_s", "deadline_s", "server_ttft_s"), stamps),
+    connected_s=stamps,
     outcome=st.sampled_from(["ok", "shed", "failed", "unsent"]),
     failure=st.none() | st.sampled_from(["stall", "wrong-answer"]),
     **dict.fromkeys(("detail", "request_id"), texts),
@@ -52,6 +53,7 @@ def test_everything_but_the_gaps_is_written(tmp_path: Path) -> None:
     assert header == list(COLUMNS)
     assert {each.encode_name for each in fields(Record)} - set(header) == {"gaps_s"}
     found = dict(zip(header, row, strict=True))
+    assert header[-1] == "connected_s"  # files of before have the columns that they had
     assert (found["class"], found["cold_ms"], found["max_gap_s"]) == ("Bursty", '{"adapter":4.5}', "0.01")
     assert read_csv(tmp_path / "r.csv") == [
         replace(answered(0, class_="Bursty", cold_ms={"adapter": 4.5}), gaps_s=()),

@@ -41,6 +41,16 @@ def usage(tokens: int, prompt: int = 4, **more: Any) -> bytes:
     return event(choices=[], usage={"prompt_tokens": prompt, "completion_tokens": tokens, **more})
 
 
+def lorax(text: str, reason: str | None = None, prompt: int = 0, made: int = 0) -> bytes:
+    """As its router writes them: no name, no id, no space, and a usage that says nothing before the end."""
+    fields = {
+        "id": "null", "object": "text_completion", "created": 0, "model": "null",
+        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}],
+        "usage": {"prompt_tokens": prompt, "total_tokens": prompt + made, "completion_tokens": made},
+    }  # fmt: skip
+    return b"data:" + json.dumps(fields).encode() + b"\n\n"
+
+
 DONE = b"data: [DONE]\n\n"
 GOOD = (token("a"), token("b"), token("c", reason="length"), usage(3), DONE)
 
@@ -104,14 +114,7 @@ DEALS: dict[str, tuple[list[bytes], str]] = {
         "abc",
     ),
     "LoRAX": (
-        [delta(role="assistant", content="a"), delta(role="assistant", content="b")]
-        + [
-            event(
-                choices=[{"index": 0, "delta": {"content": "c"}, "finish_reason": "length"}],
-                usage={"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7},
-            ),
-            DONE,
-        ],
+        [lorax("a"), lorax("b"), lorax("c", "length", 4, 3), b"data:[DONE]\n\n"],
         "abc",
     ),
     "llama.cpp": (
@@ -137,10 +140,19 @@ def test_dialects(server: str) -> None:
     assert record.ttft_s == pytest.approx(0.5 if server in ("LoRAX", "tool calls") else 0.6)  # a role is no token
 
 
+def test_a_name_that_says_nothing_is_no_other_model() -> None:
+    assert read(DEALS["LoRAX"][0]).request_id == ""
+    unnamed = [part.replace(b'"tea"', b'""') for part in GOOD]
+    assert read(unnamed).outcome == "ok"
+
+
 def test_running_usage_and_cached_tokens() -> None:
     pieces = [token("a"), usage(1), token("b"), usage(2), token("c", reason="length")]
     record = read([*pieces, usage(3, prompt=9, prompt_tokens_details={"cached_tokens": 8}), DONE])
     assert (record.outcome, record.input_tokens, record.cached_tokens) == ("ok", 9, 8)
+    not_yet = event(choices=[], usage={"prompt_tokens": 4, "completion_tokens": None})
+    assert read([not_yet, *GOOD[:3], usage(3), not_yet, DONE]).outcome == "ok"
+    assert read([not_yet, *GOOD[:3], DONE]).failure == "no-usage"
 
 
 def test_several_tokens_in_one_event() -> None:
@@ -167,6 +179,21 @@ FAILURES: dict[str, tuple[list[bytes], str]] = {
     "truncated, early": ([token("a")], "after 1 tokens"),
     "truncated, at once": ([], "after 0 tokens"),
     "no-finish-reason": ([token("a"), token("b"), token("c"), usage(3), DONE], "3 tokens"),
+    "error-event, alone": ([token("a"), b'error: {"code":500,"message":"boom"}\n\n'], "boom"),
+    "error-event, cut off": ([token("a"), b'data: {"error":{"message":"boom"}}\n'], "boom"),
+    "error-event, named and cut off": ([token("a"), b"event: error\ndata: it bro"], "it bro"),
+    "truncated, a token cut off": ([*GOOD[:2], GOOD[2][:-1]], "after 2 tokens"),
+    "no-finish-reason, an empty one": (
+        [event(choices=[{"text": "a", "token_ids": [1], "finish_reason": ""}])] * 3 + [usage(3), DONE],
+        "3 tokens",
+    ),
+    "usage-mismatch, nothing came": ([delta("length"), usage(3), DONE], "0 tokens came, usage says 3"),
+    "malformed, a count beyond counting": ([*GOOD[:3], usage(2**70), DONE], "completion_tokens"),
+    "malformed, too large a count": ([*GOOD[:3], usage(2**53), DONE], "completion_tokens"),
+    "malformed, less than nothing": ([*GOOD[:3], usage(3, prompt=-1), DONE], "prompt_tokens"),
+    "malformed, too deep": ([b"data: " + b'{"choices":' + b"[" * 100_000 + b"\n\n", DONE], ""),
+    "malformed, a stamp": ([b": stamp=nan\n", *GOOD], "stamp"),
+    "malformed, JSON alone": ([b'{"error": "boom"}\n\n'], "boom"),
     "no-usage": ([*GOOD[:3], DONE], "3 tokens"),
     "usage-mismatch": ([*GOOD[:3], usage(4), DONE], "usage says 4"),
     "usage-mismatch, a token lost": ([GOOD[0], *GOOD[2:]], "2 tokens came, usage says 3"),
@@ -205,6 +232,23 @@ def test_a_stall_between_tokens_counts_even_when_it_went_on() -> None:
 def test_without_exact_lengths_an_early_end_is_fine() -> None:
     target = msgspec.structs.replace(TARGET, ignore_eos=False)
     assert read([token("a"), token("b", reason="stop"), usage(2), DONE], target=target).outcome == "ok"
+    for made in (0, 1):  # an end of text at once is a token to some, but no event
+        at_once = [delta(role="assistant", content=""), delta("stop"), usage(made), DONE]
+        assert read(at_once, target=target).outcome == "ok"
+    lost = [token("a"), token("", (), "stop"), usage(3), DONE]
+    assert read(lost, target=target).failure == "usage-mismatch"
+
+
+def test_what_the_standard_lets_pass() -> None:
+    assert read([b"\xef\xbb", b"\xbf" + GOOD[0], *GOOD[1:]]).outcome == "ok"
+    assert read([b"x-foo: 1\nretry: 5\nid\n" + GOOD[0], *GOOD[1:]]).outcome == "ok"
+    assert read([GOOD[0], b"\xef\xbb\xbf" + GOOD[1], *GOOD[2:]]).failure == "malformed"  # only one, in front
+
+
+@pytest.mark.parametrize("value", [False, None, ""])
+def test_no_error_is_no_error(value: object) -> None:
+    assert read([event(error=value, choices=[]), *GOOD]).outcome == "ok"
+    assert read([event(error={}, choices=[]), *GOOD]).failure == "error-event"
 
 
 ENDINGS: list[tuple[Ending, int, list[bytes], str, str | None]] = [
@@ -253,6 +297,9 @@ def test_how_long_one_waits() -> None:
     assert reading.overdue(START + 54 + 2 * AFTER_DONE_S) is Ending.COMPLETE  # [DONE] is the end, whatever HTTP says
 
 
+DATE = b"Sat, 21 Nov 2026 10:00:00 GMT"
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "body", "expected"),
     [
@@ -265,6 +312,14 @@ def test_how_long_one_waits() -> None:
             ("shed", None, 9.0, "503"),
         ),
         (503, [(b"retry-after", b"soon")], b"", ("shed", None, None, "503")),
+        (503, [(b"retry-after", b"1e999")], b"", ("shed", None, None, "503")),
+        (503, [(b"retry-after", b"nan")], b"", ("shed", None, None, "503")),
+        (
+            429,
+            [(b"date", DATE), (b"retry-after", DATE.replace(b"GMT", b"+99999999999999999"))],
+            b"",
+            ("shed", None, None, "429"),
+        ),
         (500, [], b'{"detail":"oops"}', ("failed", "status", None, '500: {"detail":"oops"}')),
         (404, [], b'{"message":"no such model"}', ("failed", "status", None, "404: no such model")),
         (404, [], b'{"error":"no such model"}', ("failed", "status", None, "404: no such model")),
@@ -302,6 +357,18 @@ def test_how_cold_it_was_may_come_as_a_comment_after_a_ping() -> None:
     late = b": ping\n\n: x-serverlesslora-cold: worker;dur=2900\n: x-serverlesslora-adapter: 1f\n\n"
     record = read([late, *GOOD], headers=STREAM)
     assert (record.cold, record.cold_ms, record.outcome) == ("worker", {"worker": 2900.0}, "ok")
+
+
+def test_a_body_too_deep_to_be_read_is_told_as_it_came() -> None:
+    record = read([b"[" * 100_000], status=500)
+    assert record.failure == "status" and "[[[[" in record.detail
+
+
+def test_lag_is_without_what_it_took_to_connect() -> None:
+    record = msgspec.structs.replace(read(GOOD), started_s=2.001, connected_s=2.031, written_s=2.033)
+    assert record.lag_s == pytest.approx(0.003) and record.connect_s == pytest.approx(0.03)
+    kept = msgspec.structs.replace(record, connected_s=None)
+    assert kept.lag_s == pytest.approx(0.033) and kept.connect_s is None
 
 
 def test_details_stay_short() -> None:

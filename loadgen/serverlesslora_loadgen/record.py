@@ -64,11 +64,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     bytes_in: int = 0
     deadline_s: float | None = None  # for the first token, after `intended_s`
     server_ttft_s: float | None = None  # the null server's own: request read until first token written
+    connected_s: float | None = None  # a connection opened for it was ready; None: never, or an idle one was used
 
     @property
     def lag_s(self) -> float | None:
-        """How much later than intended the request was on its way."""
-        return None if self.written_s is None else self.written_s - self.intended_s
+        """How much later than intended the request was on its way, by the client's own fault.
+
+        What it took to connect is the network's and the server's, and is in the latencies alone.
+        """
+        if self.written_s is None:
+            return None
+        return self.written_s - self.intended_s - (self.connect_s or 0.0)
+
+    @property
+    def connect_s(self) -> float | None:
+        """What opening a connection took, TLS included; None: an idle one was used."""
+        return None if self.connected_s is None or self.started_s is None else self.connected_s - self.started_s
 
     @property
     def ttft_s(self) -> float | None:

@@ -27,9 +27,8 @@ def client(table: Table, *, seconds: float, processes: int, cpu_s: float, late_s
 
 
 def lag(table: Table) -> Floats:
-    """Sent minus intended, of all that left."""
-    lags = table.written - table.intended
-    return lags[~np.isnan(lags)]
+    """How much later than intended, without what it took to connect, of all that left."""
+    return table.lag[~np.isnan(table.lag)]
 
 
 def flaws(table: Table, found: Client, median_ttft_s: float | None) -> list[str]:

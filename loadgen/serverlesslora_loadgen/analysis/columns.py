@@ -34,6 +34,7 @@ class Table:
     id: Ints
     intended: Floats
     written: Floats
+    lag: Floats
     done: Floats
     ok: Bools
     shed: Bools
@@ -152,6 +153,7 @@ def columns(records: Sequence[Record], limits: Limits) -> Columns:
         id=ints(lambda record: record.id),
         intended=intended,
         written=written,
+        lag=floats(lambda record: record.lag_s),
         done=floats(lambda record: record.done_s),
         ok=ok,
         shed=shed,

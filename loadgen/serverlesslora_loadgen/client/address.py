@@ -20,7 +20,7 @@ class Address(NamedTuple):
 
 
 def address_of(target: Target) -> Address:
-    """Raises TargetError when the URL is none, or not one of HTTP."""
+    """Raises TargetError when the URL is none, or not one of HTTP, or has more than can be kept."""
     url = urlsplit(target.url)
     try:
         port = url.port
@@ -28,6 +28,11 @@ def address_of(target: Target) -> Address:
         raise TargetError(f"{target.url!r} has no usable port: {error}") from error
     if url.scheme not in ("http", "https") or not url.hostname:
         raise TargetError(f"{target.url!r} is not the address of a server, such as http://127.0.0.1:8000")
+    if url.query or url.fragment:  # not shown: some put keys there
+        raise TargetError(
+            f"{url.scheme}://{url.netloc}{url.path} is followed by a ?query or #fragment, which would not be sent; "
+            "leave it out, and give what the server must know as a header"
+        )
     tls = url.scheme == "https"
     prefix = url.path.rstrip("/").removesuffix("/v1")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname

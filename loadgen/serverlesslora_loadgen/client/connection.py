@@ -25,6 +25,8 @@ from serverlesslora_loadgen.record import Record
 
 KEPT_S = 1.5  # gunicorn closes after 2 s, uvicorn and Node after 5 s
 LATE_S = 0.01  # a connection that took longer to open is counted
+RESOLVE_S = 2.0  # for each address of a name: packets to one that nobody answers for may just vanish
+PIECE_BYTES = 16 << 10  # a record of TLS
 # Of this machine, not of the server: too many files, no ports left, no memory.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
 
@@ -52,7 +54,9 @@ class Client:
         *,
         now: Callable[[], float] = time.monotonic,
         keep_text: bool = False,
+        after_done_s: float | None = None,
     ) -> None:
+        """`after_done_s`: how long an answer may stay open after [DONE]; None: until a `sweep` finds it overdue."""
         self.start_at = 0.0
         self.late_sockets = 0
         self.now = now
@@ -64,6 +68,7 @@ class Client:
         self._idle: list[Connection] = []
         self._connections: set[Connection] = set()
         self._exchanges: set[Exchange] = set()
+        self._after_done_s = after_done_s
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -83,8 +88,9 @@ class Client:
         self._ip = addresses[0]
         for address in addresses if len(addresses) > 1 else ():
             try:
-                transport, _ = await self._loop.create_connection(asyncio.Protocol, address, self._address.port)
-            except OSError:
+                async with asyncio.timeout(RESOLVE_S):
+                    transport, _ = await self._loop.create_connection(asyncio.Protocol, address, self._address.port)
+            except OSError:  # TimeoutError is one
                 continue
             transport.abort()
             self._ip = address
@@ -138,7 +144,10 @@ class Client:
         if exchange.opening is not None:
             exchange.opening.cancel()
         exchange.opening = None  # the collector is off while a run goes on: nothing may point back
-        record = exchange.reading.finish(ending, now, detail)
+        try:
+            record = exchange.reading.finish(ending, now, detail)
+        except Exception as error:  # a request without a record would be waited for without end
+            record = exchange.reading.give_up(now, error)
         self._on_record(record, exchange.reading.text if self._keep_text else "")
 
     # --- connections
@@ -161,6 +170,7 @@ class Client:
         if connection not in self._connections:
             self.end(exchange, Ending.CONNECT, "the server closed the connection before anything was sent")
             return
+        exchange.reading.connected = connection.opened_at
         if self.now() - began > LATE_S:
             self.late_sockets += 1
         self._write(connection, exchange)
@@ -170,6 +180,11 @@ class Client:
         planned = exchange.planned
         own = header_lines(planned.headers) if planned.headers else b""
         connection.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (self._head, own, len(planned.body), planned.body))
+
+    def done(self, exchange: Exchange) -> None:
+        """[DONE] has come, and the answer is still open."""
+        if self._after_done_s is not None:
+            self._loop.call_later(self._after_done_s, self.end, exchange, Ending.COMPLETE)
 
     def opened(self, connection: Connection) -> None:
         self._connections.add(connection)
@@ -190,10 +205,13 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Client) -> None:
         self.exchange: Exchange | None = None
         self.idle_since = 0.0
+        self.opened_at = 0.0
         self._client = client
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
         self._now = 0.0
+        self._rest: bytes | memoryview = b""  # not given to the transport yet
+        self._is_tls = False
         self._is_blocked = False
         self._is_complete = False
         self._is_followed = False
@@ -201,9 +219,14 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but does not derive from it
+        self.opened_at = self._client.now()
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
         # With a high-water mark of 0 the transport says so whenever it could not write everything at once, however
-        # little is left: that is how `written` is the time at which the last byte left.
-        self.transport.set_write_buffer_limits(high=0)
+        # little is left: that is how `written` is the time at which the last byte left. That of TLS speaks for its own
+        # buffer alone, which is empty once all is encrypted; the one below holds it up from 64 KiB on. In pieces a
+        # body is held up with it, so that `written` is too early by no more than those. It also takes a mark to be
+        # passed when it is reached: 0 would be passed by nothing.
+        self.transport.set_write_buffer_limits(high=1 if self._is_tls else 0)
         self._client.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -211,17 +234,27 @@ class Connection(asyncio.Protocol):
         del self._parser, self.transport  # both point back here
 
     def write(self, data: bytes) -> None:
-        self.transport.write(data)
-        if not self._is_blocked and self.exchange is not None:
-            self.exchange.reading.written = self._client.now()
+        self._rest = memoryview(data) if self._is_tls else data
+        self._write_on()
 
     def pause_writing(self) -> None:
         self._is_blocked = True
 
     def resume_writing(self) -> None:
         self._is_blocked = False
-        if self.exchange is not None and self.exchange.reading.written is None:
-            self.exchange.reading.written = self._client.now()
+        self._write_on()
+
+    def _write_on(self) -> None:
+        exchange = self.exchange
+        if exchange is None or exchange.reading.written is not None:
+            return
+        while self._rest and not self._is_blocked and not self.transport.is_closing():
+            size = PIECE_BYTES if self._is_tls else len(self._rest)
+            piece, self._rest = self._rest[:size], self._rest[size:]
+            self.transport.write(piece)
+        if not self._rest and not self._is_blocked:
+            self._rest = b""  # what is left of a view would keep the whole body
+            exchange.reading.written = self._client.now()
 
     def data_received(self, data: bytes) -> None:
         self._now = self._client.now()
@@ -242,6 +275,8 @@ class Connection(asyncio.Protocol):
             self._is_complete = False
             keeps = self._keeps_alive and not self._is_followed and reading.written is not None
             self._client.end(exchange, Ending.COMPLETE, reusable=keeps)
+        elif reading.is_done:
+            self._client.done(exchange)
 
     # --- of the parser
 

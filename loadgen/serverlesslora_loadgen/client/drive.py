@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import serverlesslora_loadgen
 from serverlesslora_loadgen.client import frames
 from serverlesslora_loadgen.client.address import head_of, header_lines
 from serverlesslora_loadgen.client.process import unsent
+from serverlesslora_loadgen.client.stream import shorten
 from serverlesslora_loadgen.errors import LoadgenError
 from serverlesslora_loadgen.plan import Job, Planned, Target
 from serverlesslora_loadgen.record import UNKNOWN, WARM, Record
@@ -31,6 +31,8 @@ READY_S = 120.0  # for a process to have read its requests
 SILENCE_S = 60.0  # without any frame; counts come twice a second
 MARGIN_S = 0.05  # from telling all processes the time of the start to the start
 STDERR_LINES = 5
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+STDERR_BYTES = 1 << 12  # kept of the end of what a process complains about
 
 
 class Progress(NamedTuple):
@@ -65,7 +67,8 @@ async def drive(
     concurrency: int | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Driven:
-    """`concurrency`: closed loop, that many at a time, times ignored. An interrupt (Ctrl-C) ends the run early.
+    """`concurrency`: closed loop, that many at a time, times ignored. An interrupt (Ctrl-C, SIGTERM) ends the
+    run early.
 
     Raises TargetError when the target is no address, or a header none. A server that cannot be reached shows in the
     records.
@@ -95,7 +98,8 @@ async def drive(
         meter()
     finally:
         for child in children:
-            await child.shutdown()
+            child.kill("was ended")  # all of them first, whatever happens while they are waited for
+        await asyncio.gather(*(child.shutdown() for child in children))
     records = settle_cold([record for child in children for record in child.complete()])
     ended_at = max((child.report.ended_at for child in children if child.report), default=time.monotonic())
     reports = [child.report for child in children if child.report]
@@ -144,7 +148,8 @@ class Child:
         self._job = job
         self._records: dict[int, Record] = {}
         self._splitter = frames.Splitter()
-        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        self._stderr = b""
+        self._listening: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._ready = False
         self._why = ""
@@ -165,7 +170,8 @@ class Child:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C comes to one process, which passes it on
         )
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stderr is not None
+        self._listening = asyncio.create_task(self._listen(self._process.stderr))
         try:
             async with asyncio.timeout(READY_S):
                 self._process.stdin.write(frames.encode(self._job))
@@ -174,16 +180,15 @@ class Child:
                 while not self._ready and await self._read():
                     pass
         except TimeoutError:
-            self._kill(f"was not ready after {READY_S:g} s")
+            self.kill(f"was not ready after {READY_S:g} s")
 
     async def main_loop(self, start_at: float, on_count: Callable[[], None]) -> None:
         """Until it has reported, or will not any more."""
         self._on_count = on_count
-        assert self._process is not None and self._process.stdin is not None and self._process.stderr is not None
+        assert self._process is not None and self._process.stdin is not None
         with contextlib.suppress(ConnectionError):
             self._process.stdin.write(frames.START.pack(start_at))
             await self._process.stdin.drain()
-        complaints = asyncio.create_task(self._listen(self._process.stderr))
         try:
             while True:
                 silence_s = SILENCE_S + max(0.0, start_at - time.monotonic())
@@ -191,12 +196,12 @@ class Child:
                     if not await self._read():
                         break
         except TimeoutError:
-            self._kill(f"said nothing for {SILENCE_S:g} s")
+            self.kill(f"said nothing for {SILENCE_S:g} s")
         self._process.stdin.close()
-        code = await self._process.wait()
-        await complaints
+        code = await self._end()
         if self.report is None and not self._why:
-            self._why = "ended with code {}{}".format(code, "".join(f"; {line}" for line in self._stderr))
+            lines = self._stderr.decode(errors="replace").splitlines()[-STDERR_LINES:]
+            self._why = "; ".join([f"ended with code {code}", *(shorten(line) for line in lines)])
 
     def interrupt(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -204,9 +209,15 @@ class Child:
 
     async def shutdown(self) -> None:
         """Nothing is left running, also when this is left by an exception."""
+        self.kill("was ended")
+        if self._process is not None:
+            await self._end()
+
+    def kill(self, why: str) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._kill("was ended")
-            await self._process.wait()
+            self._why = self._why or why
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     def complete(self) -> list[Record]:
         why = f"client process {self.number} {self._why or 'did not report it'}"
@@ -229,14 +240,16 @@ class Child:
         return bool(data)
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
-        async for line in stderr:
-            self._stderr.append(line.decode(errors="replace").strip())
+        while data := await stderr.read(1 << 16):
+            self._stderr = (self._stderr + data)[-STDERR_BYTES:]
 
-    def _kill(self, why: str) -> None:
-        assert self._process is not None
-        self._why = self._why or why
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+    async def _end(self) -> int:
+        """Its exit code. A process counts as ended when its pipes are, too, and those end when somebody reads them."""
+        assert self._process is not None and self._process.stdout is not None and self._listening is not None
+        while await self._process.stdout.read(1 << 18):
+            pass
+        await asyncio.wait([self._listening])  # who gives up on this must not end it
+        return await self._process.wait()
 
 
 class Meter:
@@ -265,21 +278,25 @@ class Meter:
 
 @contextlib.contextmanager
 def interrupts(children: Sequence[Child]) -> Iterator[None]:
-    """Ctrl-C goes to the client processes, which then report; only the main thread can be asked to."""
+    """Ctrl-C, and SIGTERM as sent by what gives up on a job, go to the client processes, which then report.
+
+    Only the main thread can be asked to."""
     loop = asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
 
     def interrupt() -> None:
         for child in children:
             child.interrupt()
 
     try:
-        loop.add_signal_handler(signal.SIGINT, interrupt)
+        for number in INTERRUPTS:
+            loop.add_signal_handler(number, interrupt)
     except (ValueError, RuntimeError, NotImplementedError):
         yield
         return
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

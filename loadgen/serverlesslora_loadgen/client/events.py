@@ -6,7 +6,11 @@ about tokens, names or endings are not decoded at all.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]  # more is no count, and fits into no file
 
 _NOTHING = msgspec.Raw()  # in unions with None it would not be raw
 
@@ -28,12 +32,12 @@ class Choice(msgspec.Struct):
 
 
 class PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None  # null while it runs, of some
     prompt_tokens_details: PromptDetails | None = None
 
 
@@ -75,4 +79,4 @@ def bears_tokens(choice: Choice) -> bool:
 
 
 def _says_something(raw: msgspec.Raw) -> bool:
-    return bytes(raw) not in (b"", b"null")
+    return bytes(raw) not in (b"", b"null", b"false", b'""')

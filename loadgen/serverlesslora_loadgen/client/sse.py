@@ -1,13 +1,19 @@
 """Server-sent events out of bytes, in whatever pieces they come.
 
-As the HTML standard describes them (section 9.2.6), but for lone carriage returns as line ends, which no server sends.
+As the HTML standard describes them (section 9.2.6), with three exceptions. Lone carriage returns, which no server
+sends, end no line. A line that does not even begin as a field does is not passed over: who writes it there writes no
+event stream, and what else is wrong with the answer cannot be told. `error` is a field: llama.cpp sends it alone.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 MAX_LINE_BYTES = 4 << 20  # one event; more is no event stream
+
+_BOM = b"\xef\xbb\xbf"
+_FIELD = re.compile(rb"[\w-]+:")
 
 COMMENT, BROKEN = ":", "?"  # in place of a name, which cannot be these
 
@@ -18,12 +24,13 @@ class Item(NamedTuple):
 
 
 class EventSource:
-    __slots__ = ("_data", "_name", "_rest")
+    __slots__ = ("_data", "_has_begun", "_name", "_rest")
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: bytes | None = None
         self._name = ""
+        self._has_begun = False
 
     def feed(self, data: bytes) -> list[Item]:
         if self._rest:
@@ -49,6 +56,9 @@ class EventSource:
     def _line(self, line: bytes, items: list[Item]) -> None:
         if line[-1:] == b"\r":
             line = line[:-1]
+        if not self._has_begun:
+            self._has_begun = True
+            line = line.removeprefix(_BOM)
         if not line:
             if self._data is not None:
                 items.append(Item(self._name, self._data))
@@ -61,5 +71,7 @@ class EventSource:
             items.append(Item(COMMENT, line[1:].strip()))
         elif line[:6] == b"event:":
             self._name = line[6:].strip().decode(errors="replace")
-        elif line.partition(b":")[0] not in (b"id", b"retry", b"event", b"data"):
+        elif line[:6] == b"error:":
+            items.append(Item("error", line[6:].strip()))
+        elif _FIELD.match(line) is None and line not in (b"id", b"retry", b"event", b"data"):
             items.append(Item(BROKEN, line))

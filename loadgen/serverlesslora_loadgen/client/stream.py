@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 
@@ -17,12 +18,14 @@ from serverlesslora_loadgen.record import Record
 DETAIL_CHARACTERS = 300
 MAX_BODY_BYTES = 4096  # kept of an answer that is no stream
 AFTER_DONE_S = 1.0  # how long the HTTP answer may stay open after [DONE] before its connection is given up
+SILENCE = (None, "", "null")  # in place of a name; "null", as a text, is what LoRAX writes there
 STAMP = b"stamp="  # a comment of the null server: its own time to first token, seconds
 KEPT_HEADERS = frozenset(
     (b"content-encoding", b"content-type", b"date", b"location", b"retry-after", b"x-request-id")
 )  # fmt: skip
 
 _decoder = msgspec.json.Decoder(Event)
+_NO_EVENT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Reading:
@@ -46,6 +49,7 @@ class Reading:
         "_start_at",
         "_target",
         "bytes_in",
+        "connected",
         "first_byte",
         "intended",
         "started",
@@ -58,6 +62,7 @@ class Reading:
         self._planned, self._target, self._start_at = planned, target, start_at
         self.intended = intended
         self.started: float | None = None
+        self.connected: float | None = None
         self.written: float | None = None
         self.first_byte: float | None = None
         self.bytes_in = 0
@@ -79,6 +84,11 @@ class Reading:
     def text(self) -> str:
         """Only kept when asked for, or held against a golden answer."""
         return "".join(self._pieces or ())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether [DONE] has come."""
+        return self._done is not None
 
     def head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Names of headers in lower case."""
@@ -116,7 +126,8 @@ class Reading:
     def finish(self, ending: Ending, at: float, detail: str = "") -> Record:
         planned, seen = self._planned, self._seen
         for item in self._source.end():
-            if item.data == b"[DONE]":  # of anything else it is not known whether it came whole
+            # Of anything else it is not known whether it came whole.
+            if item.data == b"[DONE]" or (self._done is None and _is_error(item)):
                 self._item(item, at)
         seen.is_written, seen.is_done, seen.text = self.written is not None, self._done is not None, self.text
         verdict = judge(seen, planned, self._target, ending, detail)
@@ -129,6 +140,7 @@ class Reading:
             class_=planned.class_,
             intended_s=self.intended - self._start_at,
             started_s=self._since_start(self.started),
+            connected_s=self._since_start(self.connected),
             written_s=self._since_start(self.written),
             first_byte_s=self._since_start(self.first_byte),
             first_token_s=self._since_start(self._first_token),
@@ -143,15 +155,27 @@ class Reading:
             request_id=self._headers.get(b"x-request-id", self._event_id),
             cold=cold.kind,
             cold_ms=cold.parts_ms,
-            input_tokens=usage.prompt_tokens if usage else planned.input_tokens,
+            input_tokens=planned.input_tokens if usage is None or usage.prompt_tokens is None else usage.prompt_tokens,
             cached_tokens=(cached.cached_tokens or 0) if cached else 0,
-            output_tokens=usage.completion_tokens if usage else seen.counted,
+            output_tokens=seen.counted if usage is None or usage.completion_tokens is None else usage.completion_tokens,
             chunks=self._chunks,
             max_gap_s=max(seen.gaps_s, default=None),
             gaps_s=tuple(seen.gaps_s),
             bytes_in=self.bytes_in,
             deadline_s=planned.deadline_s,
             server_ttft_s=self._server_ttft,
+        )
+
+    def give_up(self, at: float, error: Exception) -> Record:
+        """In place of `finish`, when that has failed."""
+        return spoilt(
+            self._planned,
+            error,
+            intended_s=self.intended - self._start_at,
+            started_s=self._since_start(self.started),
+            connected_s=self._since_start(self.connected),
+            written_s=self._since_start(self.written),
+            done_s=at - self._start_at,
         )
 
     def _item(self, item: Item, at: float) -> None:
@@ -171,7 +195,7 @@ class Reading:
         else:
             try:
                 event = _decoder.decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except _NO_EVENT as error:
                 if name == "error":
                     self._seen.error = self._seen.error or data.decode(errors="replace")
                 else:
@@ -184,15 +208,15 @@ class Reading:
 
     def _event(self, event: Event, at: float) -> None:
         seen = self._seen
-        if event.model and event.model != self._planned.model and seen.wrong_model is None:
+        if event.model != self._planned.model and event.model not in SILENCE and seen.wrong_model is None:
             seen.wrong_model = event.model
-        if event.id and not self._event_id:
-            self._event_id = event.id
-        if event.usage is not None:
+        if not self._event_id and event.id not in SILENCE:
+            self._event_id = event.id or ""
+        if event.usage is not None and event.usage.completion_tokens is not None:
             seen.usage = event.usage
         tokens = 0
         for choice in event.choices or ():
-            if choice.finish_reason is not None:
+            if choice.finish_reason:
                 seen.finish_reason = choice.finish_reason
             if bears_tokens(choice):
                 if choice.token_ids is None:
@@ -218,8 +242,12 @@ class Reading:
 
     def _stamp(self, comment: bytes) -> None:
         try:
-            self._server_ttft = float(comment[len(STAMP) :])
+            stamp = float(comment[len(STAMP) :])
         except ValueError:
+            stamp = math.nan
+        if math.isfinite(stamp):
+            self._server_ttft = stamp
+        else:
             self._spoil("a stamp that is no number", comment)
 
     def _spoil(self, why: str, seen: bytes = b"") -> None:
@@ -228,6 +256,42 @@ class Reading:
 
     def _since_start(self, at: float | None) -> float | None:
         return None if at is None else at - self._start_at
+
+
+def spoilt(
+    of: Planned | Record,
+    error: Exception,
+    *,
+    intended_s: float,
+    started_s: float | None,
+    connected_s: float | None,
+    written_s: float | None,
+    done_s: float | None,
+) -> Record:
+    """Of an answer that no record could be made of: no more than what this side knows by itself."""
+    return Record(
+        id=of.id,
+        model=of.model,
+        class_=of.class_,
+        intended_s=intended_s,
+        started_s=started_s,
+        connected_s=connected_s,
+        written_s=written_s,
+        done_s=done_s,
+        outcome="failed",
+        failure="malformed",
+        detail=shorten(f"an answer that cannot be recorded: {error!a}"),
+        deadline_s=of.deadline_s,
+    )
+
+
+def _is_error(item: Item) -> bool:
+    if item.name in ("error", COMMENT, BROKEN):
+        return item.name == "error"
+    try:
+        return _decoder.decode(item.data).is_error
+    except _NO_EVENT:
+        return False
 
 
 def shorten(text: str) -> str:
@@ -241,12 +305,13 @@ def _retry_after(headers: dict[bytes, str]) -> float | None:
     if not value:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(value) - parsedate_to_datetime(headers[b"date"])).total_seconds())
     except KeyError:
         return 0.0
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None

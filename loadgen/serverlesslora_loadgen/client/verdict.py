@@ -111,11 +111,13 @@ def _unsound(seen: Seen, planned: Planned, target: Target) -> tuple[Failure, str
         return "no-finish-reason", f"{seen.counted} tokens came"
     if seen.finish_reason in NO_ANSWER:
         return "error-event", f"finish_reason {seen.finish_reason}"
-    if seen.usage is None:
+    if seen.usage is None or seen.usage.completion_tokens is None:
         return "no-usage", f"{seen.counted} tokens came"
     made = seen.usage.completion_tokens
-    # Without token ids an event may stand for several tokens, but no token for several events.
-    if seen.counted > made or (seen.counted < made and seen.has_ids_throughout):
+    # Without token ids an event may stand for several tokens, but no token for several events. Where the model may end
+    # as it likes, no event at all may stand for an end of text that has no text.
+    is_exact = seen.has_ids_throughout and (seen.counted > 0 or target.ignore_eos)
+    if seen.counted > made or (seen.counted < made and is_exact):
         return "usage-mismatch", f"{seen.counted} tokens came, usage says {made}"
     if target.ignore_eos and made != planned.output_tokens:
         return "length-mismatch", f"{planned.output_tokens} tokens were asked for, {made} came"
@@ -131,7 +133,7 @@ def error_text(seen: Seen) -> str:
         body: Any = msgspec.json.decode(seen.body)
         error = body.get("error", body) if isinstance(body, dict) else body
         message = error.get("message") if isinstance(error, dict) else error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         message = None
     text = message if isinstance(message, str) else seen.body.decode(errors="replace")
     return f"{seen.status}{place}: {text}" if text else f"{seen.status}{place}"
