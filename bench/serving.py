@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import MODELS, Running, admin_get, require_models, server
-
 from serverlesslora.demo import adapter_paths, backbone_path
 
 NICE = 5  # client and server share the cores, and the client has to keep its times

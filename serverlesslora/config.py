@@ -187,8 +187,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = ()
     max_adapter_mb: Annotated[Positive, Meta(description="largest adapter accepted, MiB")] = 4096
     max_body_mb: Annotated[Positive, Meta(description="largest HTTP body accepted, MiB")] = 16
-    state_dir: Annotated[str, Meta(description="where adapters are kept by digest")] = msgspec.field(
-        default_factory=default_state_dir
+    state_dir: Annotated[str, Meta(description="where adapters, the usage ledger and API keys are kept")] = (
+        msgspec.field(default_factory=default_state_dir)
     )
     drain_timeout_s: Annotated[float, Meta(ge=0, description="how long running requests may finish after SIGTERM")] = (
         30.0

@@ -38,6 +38,18 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class Unauthorized(ServerlessLoraError):
+    """A key is needed, and what was sent is none that is good here."""
+
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(ServerlessLoraError):
+    """The key is good, but not for this."""
+
+    status, type, code = 403, "invalid_request_error", "insufficient_permissions"
+
+
 class ModelNotFound(ServerlessLoraError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
 

@@ -225,10 +225,13 @@ class FakeBackend:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requests: list[GenerationRequest] = []
 
-    def _add(self, name: str, transform: str, root: str) -> ModelCard:
-        card = self._cards[name] = ModelCard(name, root, "demo", CREATED, CONTEXT, digest_of(transform))
+    def _add(self, name: str, transform: str, root: str, tenant: str | None = None) -> ModelCard:
+        card = self._cards[name] = ModelCard(name, root, "demo", CREATED, CONTEXT, digest_of(transform), tenant)
         self._transforms[name] = transform
         return card
+
+    def give(self, name: str, tenant: str) -> None:
+        self._add(name, self._transforms[name], name, tenant)
 
     def thaw_from_outside(self) -> None:
         """For tests, whose thread is not the server's."""
@@ -261,14 +264,14 @@ class FakeBackend:
             self.running -= 1
 
     async def load_adapter(self, name: str, path: str, *, in_place: bool, tenant: str | None) -> ModelCard:
-        return self._load(name, path)
+        return self._load(name, path, tenant)
 
-    def _load(self, name: str, path: str) -> ModelCard:
+    def _load(self, name: str, path: str, tenant: str | None) -> ModelCard:
         if not Path(path).is_dir():
             raise NotFound("No adapter was found at 'lora_path'.", param="lora_path")
         if not (Path(path) / "adapter_config.json").is_file():
             raise AdapterInvalid("The directory holds no adapter_config.json.", param="lora_path")
-        return self._add(name, Path(path).name, Path(path).name)
+        return self._add(name, Path(path).name, Path(path).name, tenant)
 
     async def unload_adapter(self, name: str) -> None:
         self.model(name)

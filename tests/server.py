@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,8 +58,13 @@ def serving(*arguments: str, deadline_s: float = 120.0) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     roots = os.pathsep.join(str(ROOT / each) for each in (".", "ipc", "kernels", "loadgen"))
     command = [sys.executable, "-m", "serverlesslora", "serve", "--port", str(port), "--admin-port", "-1", *arguments]
+    # The default state directory may hold API keys of whoever runs the tests.
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     process = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": roots}, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        [*command, "--state-dir", scratch.name],
+        env=os.environ | {"PYTHONPATH": roots},
+        stdout=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
     )
     try:
         wait_until(lambda: process.poll() is not None or is_healthy(url), deadline_s)
@@ -71,6 +77,7 @@ def serving(*arguments: str, deadline_s: float = 120.0) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        scratch.cleanup()
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def test_source_roots_are_not_packages(folder: str) -> None:
         "serverlesslora.cli.main",
         "serverlesslora.scheduler.policies",
         "serverlesslora.metering.ledger",
+        "serverlesslora.tenancy.keyring",
         "serverlesslora",
     ],
 )

@@ -51,7 +51,7 @@ def run_deploy(arguments: argparse.Namespace) -> int:
         },
         "replace": arguments.replace,
     }
-    function: Function = call(arguments.server, "POST", "/admin/functions", body, type=Function)
+    function: Function = call(arguments, "POST", "/admin/functions", body, type=Function)
     if arguments.json:
         print(msgspec.json.encode(function).decode())
     else:
@@ -63,7 +63,7 @@ def run_deploy(arguments: argparse.Namespace) -> int:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    functions: list[Function] = call(arguments.server, "GET", "/admin/functions", type=list[Function])
+    functions: list[Function] = call(arguments, "GET", "/admin/functions", type=list[Function])
     if arguments.json:
         print(msgspec.json.encode(functions).decode())
         return 0
@@ -78,6 +78,6 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_remove(arguments: argparse.Namespace) -> int:
-    call(arguments.server, "DELETE", f"/admin/functions/{urllib.parse.quote(arguments.name, safe='')}")
+    call(arguments, "DELETE", f"/admin/functions/{urllib.parse.quote(arguments.name, safe='')}")
     print(msgspec.json.encode({"removed": arguments.name}).decode() if arguments.json else f"removed {arguments.name}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -11,12 +12,14 @@ from typing import Any, TypeVar
 import msgspec
 from rich.console import Console
 
-from serverlesslora.errors import ServerlessLoraError, Unavailable
+from serverlesslora.errors import ConfigError, ServerlessLoraError, Unavailable
+from serverlesslora.tenancy.secret import id_of
 from serverlesslora_ipc.messages import WireError
 
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8001"
+KEY_VARIABLE = "SERVERLESSLORA_ADMIN_KEY"
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -36,15 +39,27 @@ def plain_console() -> Console:
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", default=DEFAULT_URL, metavar="URL", help=f"admin API of the server [{DEFAULT_URL}]")
+    parser.add_argument(
+        "--admin-key",
+        metavar="KEY",
+        help=f"admin key, where the server needs one [${KEY_VARIABLE}, which other users cannot see in `ps`]",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def call(
-    server: str, method: str, path: str, body: object = None, *, type: type[T] | Any = None, timeout_s: float = 120.0
+    arguments: argparse.Namespace,
+    method: str,
+    path: str,
+    body: object = None,
+    *,
+    type: type[T] | Any = None,
+    timeout_s: float = 120.0,
 ) -> T:
     """The decoded answer. Raises Unavailable when nobody answers, RefusedByServer when the server says no."""
+    server: str = arguments.server
     data = None if body is None else msgspec.json.encode(body)
-    request = urllib.request.Request(server + path, data=data, method=method)
+    request = urllib.request.Request(server + path, data=data, headers=_authorization(arguments), method=method)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             content = response.read()
@@ -58,3 +73,14 @@ def call(
         raise Unavailable(f"no server at {server} ({reason}); start one with `serverlesslora serve`") from None
     result: T = msgspec.json.decode(content, type=type) if content else None  # type: ignore[assignment]
     return result
+
+
+def _authorization(arguments: argparse.Namespace) -> dict[str, str]:
+    """Raises ConfigError for what is no key. It is not shown: it may be one all the same, but for a slip."""
+    key = (arguments.admin_key or os.environ.get(KEY_VARIABLE, "")).strip()
+    if not key:
+        return {}
+    if id_of(key) is None:
+        source = "--admin-key" if arguments.admin_key else KEY_VARIABLE
+        raise ConfigError(f"what {source} holds is not an API key: they look like sk-slora-0123456789abcdef-…")
+    return {"authorization": f"Bearer {key}"}

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import msgspec
 
 from serverlesslora import __version__
-from serverlesslora.cli import admin, doctor, plan, serve, simulate, top, usage
+from serverlesslora.cli import admin, doctor, keys, plan, serve, simulate, top, usage
 from serverlesslora.errors import ServerlessLoraError
 
-COMMANDS = (serve, admin, doctor, top, plan, usage, simulate)
+COMMANDS = (serve, admin, keys, doctor, top, plan, usage, simulate)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ def add_parsers(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    view: PlanView = call(arguments.server, "GET", "/admin/plan", type=PlanView)
+    view: PlanView = call(arguments, "GET", "/admin/plan", type=PlanView)
     if arguments.json:
         print(msgspec.json.encode(view).decode())
     else:

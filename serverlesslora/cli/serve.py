@@ -151,18 +151,20 @@ class LoadingBars:
 def greet(server: Server, config: ServerConfig) -> None:
     url = server.api.address
     model = config.functions[0].name if config.functions else config.backbones[0].public_name
+    # Quoted for the shell: the key is the reader's to fill in.
+    key = ' -H "authorization: Bearer $KEY"' if server.keys.is_required else ""
     names = [*(b.public_name for b in config.backbones), *(f.name for f in config.functions)]
     print(
         f"""
 serverlesslora is serving on {url}{f" (admin on {server.admin.address})" if server.admin else ""}
 models: {", ".join(names[:20])}{" ..." if len(names) > 20 else ""}
 
-curl {url}/v1/models
+curl {url}/v1/models{key}
 
-curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+curl {url}/v1/chat/completions{key} -H 'content-type: application/json' \\
   -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello World"}}]}}'
 
-curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
+curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' \\
   -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello World"}}]}}'
 """,
         flush=True,

@@ -25,7 +25,7 @@ def add_parsers(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     def look() -> FleetStatus:
-        status: FleetStatus = call(arguments.server, "GET", "/admin/state", type=FleetStatus)
+        status: FleetStatus = call(arguments, "GET", "/admin/state", type=FleetStatus)
         return status
 
     if arguments.json:

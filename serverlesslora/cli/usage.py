@@ -53,7 +53,7 @@ def _ask(arguments: argparse.Namespace, *, limit: int | None, after: str | None 
     wanted = {"by": arguments.by, "since": arguments.since, "until": arguments.until, "limit": limit, "after": after}
     query = urllib.parse.urlencode({name: value for name, value in wanted.items() if value is not None})
     kind = RequestReport if arguments.by == "request" else UsageReport
-    report: UsageReport | RequestReport = call(arguments.server, "GET", f"/admin/usage?{query}", type=kind)
+    report: UsageReport | RequestReport = call(arguments, "GET", f"/admin/usage?{query}", type=kind)
     return report
 
 

@@ -69,7 +69,8 @@ class AdapterApi:
                     "If you want to load the adapter in place, set 'load_inplace' to true.",
                     param="lora_name",
                 )
-            await self._backend.load_adapter(name, path, in_place=bool(request.load_inplace), tenant=tenant)
+            owner = tenant if card is None else card.tenant  # new weights do not make it somebody else's
+            await self._backend.load_adapter(name, path, in_place=bool(request.load_inplace), tenant=owner)
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload(self, body: dict[str, Any]) -> str:

@@ -7,14 +7,18 @@ from typing import TypeVar
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from serverlesslora.config import FunctionConfig
-from serverlesslora.errors import InvalidRequest, ServerlessLoraError
+from serverlesslora.errors import InvalidRequest, ServerlessLoraError, Unauthorized
+from serverlesslora.gateway.door import AdminDoor
 from serverlesslora.gateway.fleet import Fleet
+from serverlesslora.gateway.http_errors import CHALLENGE
 from serverlesslora.gateway.usage_api import usage_routes
+from serverlesslora.tenancy.keyring import Keyring
 from serverlesslora_ipc.messages import Loaded
 
 T = TypeVar("T")
@@ -48,7 +52,14 @@ def _answer(value: object, status: int = 200) -> Response:
 
 def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerlessLoraError)
-    return _answer({"error": error.to_wire()}, error.status)
+    return _refusal(error)
+
+
+def _refusal(error: ServerlessLoraError) -> Response:
+    response = _answer({"error": error.to_wire()}, error.status)
+    if isinstance(error, Unauthorized):
+        response.headers.append(*CHALLENGE)
+    return response
 
 
 async def _body(request: Request, type_: type[T]) -> T:
@@ -58,7 +69,9 @@ async def _body(request: Request, type_: type[T]) -> T:
         raise InvalidRequest(f"bad body: {error}") from error
 
 
-def create_admin_app(fleet: Fleet) -> Starlette:
+def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
+    """Open to all who reach it until there is an admin key; always without `keys`."""
+
     async def state(request: Request) -> Response:
         return _answer(fleet.status())
 
@@ -115,5 +128,6 @@ def create_admin_app(fleet: Fleet) -> Starlette:
                 fleet.control.accounts.ledger, fleet.control.accounts.prices, up_to_now=fleet.control.write_down
             ),
         ],
+        middleware=[] if keys is None else [Middleware(AdminDoor, keys=keys, refuse=_refusal)],
         exception_handlers={ServerlessLoraError: _failed},
     )

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serverlesslora.gateway.backend import Backend, Cold, Event, GenerationRequest
+from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Models
 from serverlesslora.gateway.calls import Call
 from serverlesslora.gateway.http_errors import answer_for
 from serverlesslora.gateway.limits import HttpSettings
@@ -47,26 +47,31 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Models,
         requests: Sequence[GenerationRequest],
         make_answer: Callable[[Opening], Answer],
         *,
         stream: bool,
         metrics: Metrics,
         settings: HttpSettings,
+        on_end: Callable[[int], None] | None = None,
     ) -> None:
+        """`on_end` is told how many tokens it took, prompt and output, however it ends."""
         super().__init__()
         self._backend = backend
         self._requests = requests
         self._make_answer = make_answer
         self._stream = stream
         self._settings = settings
+        self._on_end = on_end
         self._record = metrics.record(requests[0].model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
+        call = Call(self._backend, self._requests, self._record)
+        work = self._streamed(call, send) if self._stream else self._whole(call, scope, send)
         try:
-            status = await while_connected(receive, self._streamed(send) if self._stream else self._whole(scope, send))
+            status = await while_connected(receive, work)
         except (ClientDisconnect, SlowReader, asyncio.CancelledError) as error:
             status = CLIENT_LEFT
             if isinstance(error, asyncio.CancelledError):
@@ -77,9 +82,11 @@ class GenerationResponse(Response):
             await answer.response()(scope, receive, send)
         finally:
             self._record.close(status)
+            if self._on_end is not None:
+                self._on_end(call.num_tokens)
 
-    async def _whole(self, scope: Scope, send: Send) -> int:
-        async with Call(self._backend, self._requests, self._record) as call:
+    async def _whole(self, call: Call, scope: Scope, send: Send) -> int:
+        async with call:
             await call.started()
             answer = self._make_answer(Opening(call.created, call.prompt_tokens))
             async with aclosing(call.events()) as events:
@@ -93,10 +100,9 @@ class GenerationResponse(Response):
         await response(scope, receive_nothing, send)
         return 200
 
-    async def _streamed(self, send: Send) -> int:
+    async def _streamed(self, call: Call, send: Send) -> int:
         """Errors before the first byte are raised; later ones go into the stream."""
         interval_s = self._settings.ping_s
-        call = Call(self._backend, self._requests, self._record)
         stream = EventStream(send, self._settings.write_timeout_s)
         try:
             async with call:

@@ -21,13 +21,17 @@ import serverlesslora
 from serverlesslora.errors import ServerlessLoraError, Unavailable
 from serverlesslora.gateway.adapters_api import AdapterApi
 from serverlesslora.gateway.answering import Answer, GenerationResponse, Opening
-from serverlesslora.gateway.backend import Backend, GenerationRequest, ModelCard
+from serverlesslora.gateway.backend import Backend, GenerationRequest, ModelCard, Models, estimated_tokens
 from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.completions import parse_completion
+from serverlesslora.gateway.door import Door, check_admin, visit_of
 from serverlesslora.gateway.http_errors import answer_for
 from serverlesslora.gateway.limits import HttpSettings, objective_of, read_json
 from serverlesslora.gateway.metrics import CONTENT_TYPE, Metrics
 from serverlesslora.gateway.openai import Model, ModelList
+from serverlesslora.gateway.tenant_view import TenantView
+from serverlesslora.tenancy.keyring import Keyring
+from serverlesslora.tenancy.rate_limits import Limiter
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -36,8 +40,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class Gateway:
     """The endpoints and what they share."""
 
-    def __init__(self, backend: Backend, settings: HttpSettings) -> None:
+    def __init__(self, backend: Backend, settings: HttpSettings, keys: Keyring | None = None) -> None:
         self.backend = backend
+        self.keys = keys
         self.settings = settings
         self.metrics = Metrics(backend.stats, settings.metrics_functions)
         self.adapters = AdapterApi(backend)
@@ -54,14 +59,14 @@ class Gateway:
         self._check_open()
         body = await read_json(request, self.settings)
         parsed, generation, answer = parse_chat(body, request.state.request_id, self.settings)
-        self.backend.model(parsed.model)
+        self._seen_by(request).model(parsed.model)
         return self._answer(request, [generation], answer, stream=bool(parsed.stream))
 
     async def complete(self, request: Request) -> Response:
         self._check_open()
         body = await read_json(request, self.settings)
         parsed, generations, answer = parse_completion(body, request.state.request_id, self.settings)
-        self.backend.model(parsed.model)
+        self._seen_by(request).model(parsed.model)
         return self._answer(request, generations, answer, stream=bool(parsed.stream))
 
     def _answer(
@@ -74,9 +79,21 @@ class Gateway:
     ) -> Response:
         if (slo_ttft_s := objective_of(request)) is not None:
             generations = [msgspec.structs.replace(each, slo_ttft_s=slo_ttft_s) for each in generations]
+        if (visit := visit_of(request)) is not None:
+            visit.expect(sum(estimated_tokens(each.prompt) for each in generations))
         return GenerationResponse(
-            self.backend, generations, answer, stream=stream, metrics=self.metrics, settings=self.settings
+            self._seen_by(request),
+            generations,
+            answer,
+            stream=stream,
+            metrics=self.metrics,
+            settings=self.settings,
+            on_end=None if visit is None else visit.used,
         )
+
+    def _seen_by(self, request: Request) -> Models:
+        visit = visit_of(request)
+        return self.backend if visit is None else TenantView(self.backend, visit.key.grant)
 
     def _check_open(self) -> None:
         if self.draining:
@@ -85,22 +102,28 @@ class Gateway:
     # --- models and adapters ---
 
     async def models(self, request: Request) -> Response:
-        return _json(ModelList([_model(card) for card in self.backend.models()]))
+        return _json(ModelList([_model(card) for card in self._seen_by(request).models()]))
 
     async def model(self, request: Request) -> Response:
-        return _json(_model(self.backend.model(request.path_params["name"])))
+        return _json(_model(self._seen_by(request).model(request.path_params["name"])))
 
     async def load_adapter(self, request: Request) -> Response:
-        return PlainTextResponse(await self.adapters.load(await read_json(request, self.settings)))
+        visit = check_admin(request)
+        tenant = None if visit is None else visit.key.grant.tenant
+        return PlainTextResponse(await self.adapters.load(await read_json(request, self.settings), tenant))
 
     async def unload_adapter(self, request: Request) -> Response:
+        check_admin(request)
         return PlainTextResponse(await self.adapters.unload(await read_json(request, self.settings)))
 
     # --- operation ---
 
     async def health(self, request: Request) -> Response:
         health = self.backend.health()
-        return _json({"status": "ok" if health.alive else "failing", **health.detail}, 200 if health.alive else 503)
+        detail = health.detail
+        if self.keys is not None and self.keys.problem is not None:  # the log has the file's name and the reason
+            detail = detail | {"keys": "the API keys cannot be read; what was read last is in force"}
+        return _json({"status": "ok" if health.alive else "failing", **detail}, 200 if health.alive else 503)
 
     async def ready(self, request: Request) -> Response:
         ready = self.backend.health().ready and not self.draining
@@ -174,9 +197,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return answer_for(error).response()
 
 
-def create_app(backend: Backend, settings: HttpSettings | None = None) -> Starlette:
-    """The application; `app.state.gateway` has `drain()`, `in_flight` and `metrics`."""
-    gateway = Gateway(backend, settings or HttpSettings())
+def create_app(backend: Backend, settings: HttpSettings | None = None, keys: Keyring | None = None) -> Starlette:
+    """The application; `app.state.gateway` has `drain()`, `in_flight` and `metrics`. Without `keys` all may ask."""
+    gateway = Gateway(backend, settings or HttpSettings(), keys)
+    door = [] if keys is None else [Middleware(Door, keys=keys, limiter=Limiter())]
     app = Starlette(
         routes=[
             Route("/v1/models", gateway.models),
@@ -190,7 +214,7 @@ def create_app(backend: Backend, settings: HttpSettings | None = None) -> Starle
             Route("/metrics", gateway.metrics_page),
             Route("/version", gateway.version),
         ],
-        middleware=[Middleware(Envelope, gateway=gateway)],
+        middleware=[Middleware(Envelope, gateway=gateway), *door],
         exception_handlers={HTTPException: _refuse, ServerlessLoraError: _refuse, ClientDisconnect: _refuse},
     )
     app.router.redirect_slashes = False

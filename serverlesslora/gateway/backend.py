@@ -11,7 +11,18 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from serverlesslora_ipc.messages import Delta, Finished, Prompt, PromptEcho, SamplingParams, Started
+from serverlesslora_ipc.messages import (
+    ChatPrompt,
+    Delta,
+    Finished,
+    Prompt,
+    PromptEcho,
+    SamplingParams,
+    Started,
+    TokensPrompt,
+)
+
+CHARACTERS_PER_TOKEN = 4  # of English text with a large vocabulary; only a guess until the worker has counted
 
 Rung = Literal["hot", "adapter-ram", "adapter-disk", "worker", "backbone", "remote"]
 RUNGS: tuple[Rung, ...] = ("hot", "adapter-ram", "adapter-disk", "worker", "backbone", "remote")  # warm to cold
@@ -47,6 +58,16 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     echo: bool = False  # a PromptEcho comes before any Delta
     is_batch: bool = False  # one of many prompts of one call: nobody waits for its first token alone
     slo_ttft_s: float | None = None  # what this client asks for; None: the function's objective
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    if isinstance(prompt, TokensPrompt):
+        return len(prompt.token_ids)
+    if isinstance(prompt, ChatPrompt):
+        size = sum(len(str(message.get("content") or "")) for message in prompt.messages)
+    else:
+        size = len(prompt.text)
+    return size // CHARACTERS_PER_TOKEN + 1
 
 
 Event = PromptEcho | Delta | Finished
@@ -90,8 +111,8 @@ class Health(msgspec.Struct, frozen=True):
     detail: dict[str, Any] = {}
 
 
-class Backend(Protocol):
-    """Everything behind the HTTP layer."""
+class Models(Protocol):
+    """What can be asked."""
 
     def models(self) -> list[ModelCard]: ...
 
@@ -101,6 +122,10 @@ class Backend(Protocol):
     def generate(self, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
         """Entering returns at once (or raises ModelNotFound, Overloaded, RateLimited); leaving it unfinished aborts
         the request with a call that never waits, so that it is safe while a task is being cancelled."""
+
+
+class Backend(Models, Protocol):
+    """Everything behind the HTTP layer."""
 
     async def load_adapter(self, name: str, path: str, *, in_place: bool, tenant: str | None) -> ModelCard:
         """Raises NotFound when nothing is at `path`, AdapterInvalid when it cannot be served."""

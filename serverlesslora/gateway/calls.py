@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 
-from serverlesslora.gateway.backend import RUNGS, Backend, Cold, Event, Generation, GenerationRequest
+from serverlesslora.gateway.backend import RUNGS, Cold, Event, Generation, GenerationRequest, Models
 from serverlesslora.gateway.metrics import RequestRecord
 from serverlesslora_ipc.messages import Delta, Finished
 
@@ -18,10 +18,11 @@ MERGE_AHEAD = 64  # events read ahead of a slow client when several generations 
 class Call:
     """Leaving it aborts whatever has not finished."""
 
-    def __init__(self, backend: Backend, requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
+    def __init__(self, backend: Models, requests: Sequence[GenerationRequest], record: RequestRecord) -> None:
         self.created = int(time.time())
         self.finished: list[Finished] = []
         self.prompt_tokens = 0
+        self._output_tokens = 0
         self._backend = backend
         self._requests = requests
         self._record = record
@@ -52,6 +53,13 @@ class Call:
         colds = [generation.cold for generation in self._generations] or [Cold()]
         return max(colds, key=lambda cold: (RUNGS.index(cold.rung), sum(seconds for _, seconds in cold.parts)))
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, as far as it came."""
+        if len(self.finished) == len(self._requests):
+            return sum(each.prompt_tokens + each.completion_tokens for each in self.finished)
+        return self.prompt_tokens + self._output_tokens
+
     async def started(self) -> None:
         for generation in self._generations:
             self.prompt_tokens += (await generation.started()).prompt_tokens
@@ -64,6 +72,7 @@ class Call:
             async for prompt, event in source:
                 if type(event) is Delta:
                     self._record.delta(prompt, event)
+                    self._output_tokens += len(event.token_ids)
                 elif type(event) is Finished:
                     self._record.finished(event)
                     self.finished.append(event)

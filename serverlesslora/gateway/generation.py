@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 from serverlesslora.errors import BudgetSpent, Overloaded, RateLimited, ServerlessLoraError, Unavailable, WorkerLost
 from serverlesslora.gateway.accounts import Account
 from serverlesslora.gateway.backbone_service import BackboneService
-from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Rung
+from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Rung, estimated_tokens
 from serverlesslora.gateway.registry import Target
 from serverlesslora.gateway.worker_link import RemoteError, Stream, StreamEvent, WorkerLink
 from serverlesslora.gateway.workers import Placed, is_retryable
 from serverlesslora.scheduler.asks import Ask
-from serverlesslora_ipc.messages import ChatPrompt, Delta, Finished, Generate, Prompt, Spent, Started, TokensPrompt
+from serverlesslora_ipc.messages import Delta, Finished, Generate, Spent, Started
 
 if TYPE_CHECKING:
     from serverlesslora.gateway.control_plane import ControlPlane
-
-CHARACTERS_PER_TOKEN = 4  # of English text with a large vocabulary; only a guess until the worker has counted
 
 
 class WatchedStream(Stream):
@@ -260,13 +258,3 @@ class FleetGeneration:
                     self._target.backbone.name, spent.prompt_tokens, spent.first_token_s
                 )
         self._control.queue.left(self._id, prompt_tokens=spent.prompt_tokens, output_tokens=spent.completion_tokens)
-
-
-def estimated_tokens(prompt: Prompt) -> int:
-    if isinstance(prompt, TokensPrompt):
-        return len(prompt.token_ids)
-    if isinstance(prompt, ChatPrompt):
-        size = sum(len(str(message.get("content") or "")) for message in prompt.messages)
-    else:
-        size = len(prompt.text)
-    return size // CHARACTERS_PER_TOKEN + 1

@@ -10,12 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from serverlesslora.errors import ServerlessLoraError
+from serverlesslora.errors import ServerlessLoraError, Unauthorized
 from serverlesslora_ipc.messages import WireError
 
 log = logging.getLogger("serverlesslora.http")
 
 RETRYABLE_4XX = frozenset({408, 409, 429})
+CHALLENGE = ("www-authenticate", "Bearer")  # HTTP asks for one with every 401
 MESSAGE_LIMIT = 1000  # characters; an error must not become larger than what caused it
 
 
@@ -82,6 +83,8 @@ def _http_exception(error: HTTPException) -> ErrorAnswer:
 def answer_for(error: BaseException) -> ErrorAnswer:
     """The one place that decides how an exception looks from outside."""
     match error:
+        case Unauthorized():
+            return ErrorAnswer(error.to_wire(), headers=(CHALLENGE,))
         case ServerlessLoraError():
             return ErrorAnswer(error.to_wire(), error.retry_after_s)
         case HTTPException():

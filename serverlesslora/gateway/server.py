@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,6 +20,8 @@ from serverlesslora.gateway.app import create_app
 from serverlesslora.gateway.connections import watched
 from serverlesslora.gateway.fleet import Fleet
 from serverlesslora.gateway.limits import HttpSettings
+from serverlesslora.tenancy.keyring import Keyring
+from serverlesslora.tenancy.store import KEYS_FILE
 
 log = logging.getLogger("serverlesslora.server")
 
@@ -87,19 +90,22 @@ class Server:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._socket = bind(config.host, config.port)
-        self._app = create_app(fleet, HttpSettings(max_body_bytes=config.max_body_mb << 20))
+        self.keys = Keyring(Path(config.state_dir) / KEYS_FILE)
+        self._app = create_app(fleet, HttpSettings(max_body_bytes=config.max_body_mb << 20), self.keys)
         self.api = HttpListener(self._app, self._socket)
         self.admin: HttpListener | None = None
         if config.admin_port >= 0:
-            self.admin = HttpListener(create_admin_app(fleet), bind("127.0.0.1", config.admin_port))
+            self.admin = HttpListener(create_admin_app(fleet, self.keys), bind("127.0.0.1", config.admin_port))
 
     async def run(self, on_ready: Callable[[Server], None]) -> None:
-        """Serve until a signal. Raises ConfigError when a backbone or configured function cannot be served."""
+        """Serve until a signal. Raises ConfigError when a backbone or configured function cannot be served, or the
+        API keys cannot be read."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         listeners = [listener for listener in (self.api, self.admin) if listener]
         try:
+            self.keys.startup()  # before anybody can ask
             # Listening first: /health says "loading" instead of refusing the connection.
             for listener in listeners:
                 await listener.startup_here()
@@ -111,6 +117,7 @@ class Server:
             for listener in listeners:
                 await listener.shutdown_here()
             await self._fleet.shutdown()
+            self.keys.shutdown()
 
     async def _started(self) -> bool:
         """False when a signal came before everything was ready."""
