@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
@@ -127,6 +128,34 @@ async def serving(asked: Callable[[Peer], None], tls: ssl.SSLContext | None = No
         yield server
     finally:
         await server.stop()
+
+
+async def deafen(server: Server, seconds: float, tls: ssl.SSLContext | None = None) -> list[float]:
+    """Starts it again, reading nothing for so long of whoever connects; when that ended is put into the list."""
+    went_on: list[float] = []
+    accept = server._connected
+
+    def connected() -> Peer:
+        peer = accept()
+        made = peer.connection_made
+
+        def connection_made(transport: asyncio.BaseTransport) -> None:
+            made(transport)
+            peer.transport.pause_reading()
+
+            def go_on() -> None:
+                went_on.append(time.monotonic())
+                peer.transport.resume_reading()
+
+            asyncio.get_running_loop().call_later(seconds, go_on)
+
+        peer.connection_made = connection_made  # type: ignore[method-assign]
+        return peer
+
+    server._connected = connected  # type: ignore[method-assign]
+    await server.stop()
+    await server.start(tls)
+    return went_on
 
 
 def planned(count: int, *, every_s: float = 0.0, model: str = "tea", **fields: Any) -> list[Planned]:

@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from serverlesslora_loadgen.client.stream import Reading
 from serverlesslora_loadgen.errors import LoadgenError, TargetError
 from serverlesslora_loadgen.plan import Job, Target
 from serverlesslora_loadgen.record import Record
-from tests.loadgen_peer import TOKENS, Peer, outcomes, planned, run, serving
+from tests.loadgen_peer import TOKENS, Peer, deafen, outcomes, planned, run, serving
 from tests.loadgen_runs import answered, result
 
 
@@ -109,29 +108,9 @@ def test_written_is_when_the_last_byte_left() -> None:
     held: list[float] = []
 
     async def test() -> Record:
+        nonlocal held
         async with serving(lambda peer: peer.answer()) as server:
-            accept = server._connected
-
-            def paused() -> Peer:
-                peer = accept()
-                made = peer.connection_made
-
-                def connection_made(transport: asyncio.BaseTransport) -> None:
-                    made(transport)
-                    peer.transport.pause_reading()
-
-                    def go_on() -> None:
-                        held.append(time.monotonic())
-                        peer.transport.resume_reading()
-
-                    asyncio.get_running_loop().call_later(0.3, go_on)
-
-                peer.connection_made = connection_made  # type: ignore[method-assign]
-                return peer
-
-            server._connected = paused  # type: ignore[method-assign]
-            await server.stop()
-            await server.start()
+            held = await deafen(server, 0.3)
             large = json.dumps({"model": "tea", "max_tokens": TOKENS, "prompt": "x" * (32 << 20)}).encode()
             async with Asking(Target(url=server.url)) as asking:
                 record, _ = await asking.ask(planned(1, body=large)[0])

@@ -27,7 +27,7 @@ from serverlesslora_loadgen.client.drive import Child, Driven, Progress, deal, d
 from serverlesslora_loadgen.client.golden import Asking
 from serverlesslora_loadgen.plan import Job, Target
 from serverlesslora_loadgen.record import Record
-from tests.loadgen_peer import TOKENS, Peer, Server, outcomes, planned, run, serving
+from tests.loadgen_peer import TOKENS, Peer, Server, deafen, outcomes, planned, run, serving
 
 
 def test_every_request_is_answered_and_has_its_record() -> None:
@@ -406,29 +406,9 @@ def test_written_under_tls(
     went_on: list[float] = []
 
     async def test() -> Record:
+        nonlocal went_on
         async with serving(lambda peer: peer.answer(), tls.context) as server:
-            accept = server._connected
-
-            def paused() -> Peer:
-                peer = accept()
-                made = peer.connection_made
-
-                def connection_made(transport: asyncio.BaseTransport) -> None:
-                    made(transport)
-                    peer.transport.pause_reading()
-
-                    def go_on() -> None:
-                        went_on.append(time.monotonic())
-                        peer.transport.resume_reading()
-
-                    asyncio.get_running_loop().call_later(0.3, go_on)
-
-                peer.connection_made = connection_made  # type: ignore[method-assign]
-                return peer
-
-            server._connected = paused  # type: ignore[method-assign]
-            await server.stop()
-            await server.start(tls.context)
+            went_on = await deafen(server, 0.3, tls.context)
             large = json.dumps({"model": "tea", "max_tokens": TOKENS, "prompt": "x" * (24 << 20)}).encode()
             async with Asking(Target(url=server.url)) as asking:
                 record, _ = await asking.ask(planned(1, body=large)[0])
