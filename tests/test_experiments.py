@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -16,6 +17,7 @@ from serverlesslora_loadgen.classes import CLASSES, adapter_facts
 from serverlesslora_loadgen.result import Estimate
 from serverlesslora_loadgen.run import Finished
 from tests.loadgen_samples import sample
+from tests.server import ROOT
 
 RESULT = sample()
 
@@ -90,3 +92,19 @@ def test_processors_are_counted_also_of_children_that_have_ended() -> None:
         assert cpu_seconds(process.pid) >= 0.3
         process.stdin.close()
     assert cpu_seconds(process.pid) == 0
+
+
+def test_the_readme_says_what_was_published() -> None:
+    table = msgspec.json.decode((ROOT / "docs" / "results" / "paper-demo.json").read_bytes(), type=Table)
+    found = {(row.trace, row.system): row for row in table.rows}
+    for trace in table.traces:
+        cells = [f"{trace} ({found[trace, OURS].requests})"]
+        for system in SYSTEMS:
+            mean, good = found[trace, system].ttft_mean_s, found[trace, system].good.value
+            assert mean is not None
+            shown = f"{1000 * mean.value:.0f} ms" if mean.value < 1 else f"{mean.value:.1f} s"
+            cells.append(f"{shown}, {100 * good:.0f} %")
+        assert f"| {' | '.join(cells)} |" in (ROOT / "README.md").read_text("utf-8")
+    assert (ROOT / "docs" / "results" / "paper-demo.md").read_text("utf-8") == markdown(
+        table, [f"paper-demo-{what}.svg" for what in ("ttft", "cost")]
+    )
