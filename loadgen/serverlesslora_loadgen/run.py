@@ -165,7 +165,7 @@ async def run(
     whole = result.whole
     good = round(whole.attainment.value * whole.counts.sent)
     device = facts.get("device")
-    money = await asyncio.to_thread(_money, settings, driven, observer, prices, good, device)
+    money = await asyncio.to_thread(_money, settings, driven, records, observer, prices, good, device)
     return Finished(msgspec.structs.replace(result, money=money), records, driven.interrupted)
 
 
@@ -178,7 +178,13 @@ def held(planned: Sequence[Planned], records: Sequence[Record]) -> int:
 
 
 def _money(
-    settings: Settings, driven: Driven, observer: Observer | None, prices: Prices, good: int, device: str | None
+    settings: Settings,
+    driven: Driven,
+    records: Sequence[Record],
+    observer: Observer | None,
+    prices: Prices,
+    good: int,
+    device: str | None,
 ) -> Money | None:
     samples = [] if observer is None else observer.samples(driven.began_at)
     ledger, notes = _ledger(settings, driven)
@@ -186,7 +192,7 @@ def _money(
         return None
     money = account(
         prices=prices,
-        records=driven.records,
+        records=records,
         seconds=driven.seconds,
         samples=samples,
         ledger=ledger,

@@ -108,16 +108,6 @@ class Controller:
         self.holdings.update()
         self.made_room()
 
-    def measured_gateway(self, seconds: float) -> None:
-        """What the first token of a request took outside of its worker, when nothing was missing and nobody waited."""
-        self.holdings.measured.gateway_s.add(seconds)
-
-    def measured_first_step(self, backbone: str, prompt_tokens: int, seconds: float) -> None:
-        """What the first prompt took in a new worker: pages and threads touched for the first time are slow."""
-        steps = self.holdings.profile.backbones[backbone].steps
-        usual_s = steps.prefill_s + prompt_tokens * steps.prefill_token_s
-        self.holdings.measured.first_step_s.add(max(0.0, seconds - usual_s))
-
     def made_room(self) -> None:
         """Something may fit now that did not before."""
         self._has_news = True

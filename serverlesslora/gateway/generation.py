@@ -252,9 +252,8 @@ class FleetGeneration:
         first_token_s = self._account.first_token_s
         if spent.first_token_s and first_token_s is not None:
             if self._was_prompt:
-                self._control.controller.measured_gateway(first_token_s - spent.first_token_s)
+                self._control.holdings.answered_at_once(first_token_s - spent.first_token_s)
             elif self._account.rung == "worker":
-                self._control.controller.measured_first_step(
-                    self._target.backbone.name, spent.prompt_tokens, spent.first_token_s
-                )
+                backbone = self._target.backbone.name
+                self._control.holdings.answered_first(backbone, spent.prompt_tokens, spent.first_token_s)
         self._control.queue.left(self._id, prompt_tokens=spent.prompt_tokens, output_tokens=spent.completion_tokens)

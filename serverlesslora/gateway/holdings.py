@@ -236,6 +236,16 @@ class Holdings:
         if self._forks:
             (self.measured.spare_s if ready.was_spare else self.measured.worker_s).add(seconds)
 
+    def answered_at_once(self, gateway_s: float) -> None:
+        """What a first token took outside of its worker, when nothing was missing and nobody waited."""
+        self.measured.gateway_s.add(gateway_s)
+
+    def answered_first(self, backbone: str, prompt_tokens: int, seconds: float) -> None:
+        """What the first prompt took in a new worker: pages and threads touched for the first time are slow."""
+        steps = self.profile.backbones[backbone].steps
+        usual_s = steps.prefill_s + prompt_tokens * steps.prefill_token_s
+        self.measured.first_step_s.add(max(0.0, seconds - usual_s))
+
     def gone(self, link: WorkerLink) -> None:
         """What its steps told is kept."""
         if link.stats is not None:
