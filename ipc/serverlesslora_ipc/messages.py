@@ -20,6 +20,13 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_l
 # --- what a request asks for -------------------------------------------------------------------------------------
 
 
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an output must match. It is compiled in the worker, against the vocabulary its function has."""
+
+    kind: Literal["json_schema", "regex", "choice", "lark", "gbnf"]
+    text: str  # the schema or the choices as JSON, or the source of the expression or grammar
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen and when a sequence ends. Ranges are checked at the API; the worker trusts them."""
 
@@ -41,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # how many alternatives per output token; None is off, 0 is the chosen token only
     prompt_logprobs: int | None = None  # the same for prompt tokens
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
 
 class TextPrompt(Message, frozen=True, tag="text"):
@@ -90,6 +98,7 @@ class Generate(Message, frozen=True):
     echo: bool = False  # send the prompt back (as PromptEcho) before the output
     # Of CLOCK_MONOTONIC, which all processes of a host share, seconds: a request that has not begun by then fails.
     deadline: float | None = None
+    pooling: Literal["last", "mean"] | None = None  # nothing is generated: the prompt's Embedding is the answer
 
 
 class Abort(Message, frozen=True):
@@ -154,6 +163,9 @@ class Started(Message, frozen=True):
     request_id: str
     prompt_tokens: int
     cached_tokens: int = 0
+    tool_format: str = ""  # how this function's template teaches to call tools; empty: not known
+    reasoning_tags: tuple[str, str] | None = None  # what encloses reasoning in the output, where the template knows it
+    reasoning_open: bool = False  # the prompt ended with the first of them: the output begins inside
 
 
 class PromptEcho(Message, frozen=True):
@@ -173,6 +185,13 @@ class Delta(Message, frozen=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # which stop string or token id ended it
+
+
+class Embedding(Message, frozen=True):
+    """The pooled hidden state of a prompt, of length 1 in the Euclidean norm."""
+
+    request_id: str
+    vector: bytes  # [hidden] float32, little endian
 
 
 # Every request a worker was given ends in exactly one of Finished, Failed and Aborted, and each says what it has cost.
@@ -266,7 +285,9 @@ class Stats(Message, frozen=True):
     kv_bytes: int = 0  # memory behind keys and values: what was ever written to on cpu, what is mapped on a device
 
 
-WorkerToGateway = Ready | Loaded | Refused | Started | PromptEcho | Delta | Finished | Failed | Aborted | Stats
+WorkerToGateway = (
+    Ready | Loaded | Refused | Started | PromptEcho | Embedding | Delta | Finished | Failed | Aborted | Stats
+)
 
 
 # --- gateway <-> backbone host -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TypeVar
 
 import msgspec
@@ -90,7 +89,7 @@ def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
     async def inspect(request: Request) -> Response:
         wanted = await _body(request, Inspect)
         backbone = fleet.registry.backbone(wanted.backbone)
-        stored = await asyncio.to_thread(fleet.store.add, wanted.adapter)
+        stored = await fleet.store.obtain(wanted.adapter)
         facts: Loaded = await fleet.inspect(backbone.name, stored)
         return _answer(
             Inspection(

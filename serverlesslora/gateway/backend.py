@@ -14,6 +14,7 @@ import msgspec
 from serverlesslora_ipc.messages import (
     ChatPrompt,
     Delta,
+    Embedding,
     Finished,
     Prompt,
     PromptEcho,
@@ -58,6 +59,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     echo: bool = False  # a PromptEcho comes before any Delta
     is_batch: bool = False  # one of many prompts of one call: nobody waits for its first token alone
     slo_ttft_s: float | None = None  # what this client asks for; None: the function's objective
+    pooling: Literal["last", "mean"] | None = None  # an Embedding is the answer, nothing is generated
 
 
 def estimated_tokens(prompt: Prompt) -> int:
@@ -70,7 +72,7 @@ def estimated_tokens(prompt: Prompt) -> int:
     return size // CHARACTERS_PER_TOKEN + 1
 
 
-Event = PromptEcho | Delta | Finished
+Event = PromptEcho | Embedding | Delta | Finished
 
 
 class Generation(Protocol):

@@ -240,7 +240,7 @@ class Fleet:
                     "place, set 'load_inplace' to True.",
                     param="lora_name",
                 )
-            stored = await asyncio.to_thread(self.store.add, function.adapter)
+            stored = await self.store.obtain(function.adapter)
             facts = await self.inspect(backbone.name, stored)
             previous = self.registry.deploy(
                 Function(

@@ -239,6 +239,7 @@ class FleetGeneration:
             n=self._request.n,
             echo=self._request.echo,
             deadline=self._deadline,
+            pooling=self._request.pooling,
         )
 
     def _new_stream(self) -> WatchedStream:

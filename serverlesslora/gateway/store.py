@@ -7,6 +7,7 @@ become visible by one rename; so a file that is truncated, swapped or removed la
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -77,6 +78,14 @@ class AdapterStore:
                     if not target.exists():
                         raise
         return StoredAdapter(digest, target, size)
+
+    async def obtain(self, source: str) -> StoredAdapter:
+        """The adapter that `source` names, in the store. Raises as `add` does."""
+        return await asyncio.to_thread(self.add, source)
+
+    async def ensure(self, digest: str, source: str) -> Path:
+        """Where the adapter lies; fetched again from `source` if it was given up."""
+        return self.path_of(digest)
 
     def sweep(self) -> None:
         """Drop what a killed process left half copied."""

@@ -15,6 +15,7 @@ from serverlesslora_ipc.messages import (
     Abort,
     Aborted,
     Delta,
+    Embedding,
     Failed,
     Finished,
     GatewayToWorker,
@@ -33,7 +34,7 @@ from serverlesslora_ipc.messages import (
     WorkerToGateway,
 )
 
-StreamEvent = Started | PromptEcho | Delta | Finished
+StreamEvent = Started | PromptEcho | Embedding | Delta | Finished
 
 
 class RemoteError(ServerlessLoraError):
@@ -222,7 +223,7 @@ class WorkerLink:
 
     def _deliver(self, message: WorkerToGateway) -> None:
         match message:
-            case Delta() | Started() | PromptEcho():
+            case Delta() | Started() | PromptEcho() | Embedding():
                 if entry := self._streams.get(message.request_id):
                     entry[0].put(message)
             case Finished():
