@@ -1,13 +1,20 @@
 """The adapter store: identity by content, and nothing but regular files gets in."""
 
+import asyncio
 import json
 import os
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serverlesslora.errors import AdapterInvalid, NotFound
-from serverlesslora.gateway.store import CONFIG, WEIGHTS, AdapterStore
+from serverlesslora.adapters.entries import Entries
+from serverlesslora.adapters.files import CONFIG, WEIGHTS
+from serverlesslora.adapters.quota import Entry, Needed, to_evict
+from serverlesslora.adapters.store import AdapterStore
+from serverlesslora.errors import AdapterChanged, AdapterInvalid, NotFound, StorageFull
 
 
 def make_adapter(path: Path, *, weights: bytes = b"weights", **config: object) -> Path:
@@ -109,3 +116,80 @@ def test_sweep_drops_half_copies(store: AdapterStore) -> None:
     (store.directory / ".incoming-x").mkdir()
     store.sweep()
     assert list(store.directory.iterdir()) == []
+
+
+def test_a_copy_under_way_is_not_swept(store: AdapterStore) -> None:
+    """Another server that starts meanwhile sweeps the same directory."""
+    other = AdapterStore(store.directory, max_bytes=1)
+    with Entries(store.directory).incoming() as incoming:
+        (incoming / CONFIG).write_text("{}")
+        other.sweep()
+        assert (incoming / CONFIG).exists()
+    assert list(store.directory.iterdir()) == []
+
+
+def test_a_directory_is_copied_again_if_it_still_holds_the_same(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a")
+
+    async def body() -> None:
+        stored = await store.obtain(str(source))
+        stored.path.rename(tmp_path / "gone")
+        assert await store.ensure(stored.digest, str(source)) == stored.path
+        stored.path.rename(tmp_path / "gone-too")
+        (source / WEIGHTS).write_bytes(b"other")
+        with pytest.raises(AdapterChanged):
+            await store.ensure(stored.digest, str(source))
+
+    asyncio.run(body())
+    assert list(store.directory.iterdir()) == []
+
+
+def test_a_deploy_of_new_weights_never_joins_a_copy_that_began_before(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a", weights=b"old")
+
+    async def body() -> None:
+        first = asyncio.create_task(store.obtain(str(source)))
+        await asyncio.sleep(0)
+        (source / WEIGHTS).write_bytes(b"new")
+        assert ((await store.obtain(str(source))).path / WEIGHTS).read_bytes() == b"new"
+        await first
+
+    asyncio.run(body())
+
+
+def test_the_quota_counts_directories_too(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store", max_bytes=1 << 20, quota_bytes=3000)
+    first = store.add(str(make_adapter(tmp_path / "a", weights=b"a" * 2000)))
+    second = store.add(str(make_adapter(tmp_path / "b", weights=b"b" * 2000)))
+    assert (store.has(first.digest), store.has(second.digest)) == (False, True)
+    with store.hold(second.digest), pytest.raises(StorageFull):
+        store.add(str(make_adapter(tmp_path / "c", weights=b"c" * 2000)))
+    assert [path.name for path in store.directory.iterdir()] == [second.digest]
+
+
+DIGESTS = "abcdefgh"
+SIZES = MappingProxyType({digest: 10 + 7 * number for number, digest in enumerate(DIGESTS)})
+
+
+@given(
+    order=st.permutations(DIGESTS),
+    room=st.integers(0, sum(SIZES.values())),
+    in_use=st.frozensets(st.sampled_from(DIGESTS)),
+    deployed=st.frozensets(st.sampled_from(DIGESTS)),
+    held=st.frozensets(st.sampled_from(DIGESTS), max_size=2),
+)
+def test_who_leaves(
+    order: list[str], room: int, in_use: frozenset[str], deployed: frozenset[str], held: frozenset[str]
+) -> None:
+    """Against the plain way: drop one after the other, the least recently used first, until the rest fits."""
+    entries = [Entry(digest, SIZES[digest], float(time)) for time, digest in enumerate(order)]
+    left = list(order)
+    for group in (set(DIGESTS) - deployed, deployed):
+        for digest in order:
+            if digest in group and digest not in in_use | held and sum(SIZES[each] for each in left) > room:
+                left.remove(digest)
+    leaving = to_evict(entries, room_bytes=room, needed=Needed(in_use, deployed), held=held)
+    if sum(SIZES[each] for each in left) > room:
+        assert leaving is None
+    else:
+        assert leaving is not None and set(order) - set(leaving) == set(left)

@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from serverlesslora.adapters.files import CONFIG
+from serverlesslora.adapters.store import AdapterStore
 from serverlesslora.cli import device_report
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.demo import backbone_path
 from serverlesslora.errors import AdapterInvalid, ConfigError, ServerlessLoraError
-from serverlesslora.gateway.store import CONFIG, AdapterStore
 
 TOLERANCE = 1e-4
 PROBE_TOKENS = 24
@@ -44,7 +45,7 @@ def add_parsers(commands: Subparsers) -> None:
         help="check an adapter, or this machine's GPU, without a server",
         description="Loads the adapter strictly on its backbone, in float32, and compares its logits with PEFT's.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="directory of the PEFT adapter")
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="directory or other source of the PEFT adapter")
     parser.add_argument(
         "--device",
         nargs="?",
