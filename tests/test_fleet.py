@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 
 import pytest
 
+from serverlesslora.adapters.files import CONFIG, WEIGHTS
 from serverlesslora.config import BackboneConfig, FunctionConfig, ServerConfig
 from serverlesslora.devices import DeviceKind
-from serverlesslora.errors import AdapterInvalid, ConfigError, Unavailable, WorkerLost
+from serverlesslora.errors import AdapterInvalid, ConfigError, RateLimited, Unavailable, WorkerLost
 from serverlesslora.gateway import backbone_service
 from serverlesslora.gateway.backbone_service import MAX_FAILED_STARTS, BackboneService
 from serverlesslora.gateway.backend import GenerationRequest
-from serverlesslora.gateway.fleet import INSPECTIONS_AT_ONCE, Fleet, worker_limits
-from serverlesslora.gateway.store import CONFIG, WEIGHTS
+from serverlesslora.gateway.deployments import INSPECTIONS_AT_ONCE
+from serverlesslora.gateway.fleet import Fleet, worker_limits
 from serverlesslora.gateway.worker_state import WorkerState
 from serverlesslora_ipc.channel import AsyncChannel, Channel
 from serverlesslora_ipc.frames import close_fds
@@ -261,7 +262,67 @@ def test_many_deployments_are_looked_at_few_at_a_time_and_leave_no_locks(tmp_pat
         await asyncio.gather(*deploying)
         deploying.clear()
         gc.collect()
-        assert len(fleet._deploying) == 0
+        assert len(fleet.deployments._by_name) == 0
+
+    play(tmp_path, scene)
+
+
+def test_a_kept_function_is_proven_again_on_other_weights_and_only_there(tmp_path: Path) -> None:
+    adapters = [make_adapter(tmp_path / name, name) for name in "ab"]
+
+    async def first(fleet: Fleet, service: Any) -> None:
+        service.identity = "weights one"
+        await deploy(fleet, service, "f", adapters[0])
+        await deploy(fleet, service, "g", adapters[1])
+
+    async def same(fleet: Fleet, service: Any) -> None:
+        service.identity = "weights one"
+        await fleet.deployments.startup()
+        assert fleet.deployments._proving is not None
+        await fleet.deployments._proving
+        await fleet.deploy(FunctionConfig("h", adapters[0]), replace=False)  # known already
+        assert not service.workers
+
+    async def other(fleet: Fleet, service: Any) -> None:
+        service.identity = "weights two"
+        await fleet.deployments.startup()
+        for number in (1, 2):
+            played = await worker(service, number)
+            load = await played.hears(LoadAdapter)
+            told = Refused(load.digest, "too wide") if number == 2 else Loaded(load.digest, 0.1, 1, rank=7)
+            played.says(told)
+        assert fleet.deployments._proving is not None
+        await fleet.deployments._proving
+        with pytest.raises(AdapterInvalid, match=r"`g` v1 does not fit .*too wide"):
+            await ask(fleet, "g")
+        known = fleet.registry.entry("f").version(1)
+        assert (known.identity, known.facts.rank) == ("weights two", 7)
+        assert fleet.registry.entry("g").version(1).identity == "weights one"
+        assert [f.name for f in fleet.registry.functions()] == ["f", "g", "h"]
+
+    for scene in (first, same, other):
+        play(tmp_path, scene)
+
+
+def test_a_canary_and_the_rest_run_beside_each_other_in_one_worker(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        await deploy(fleet, service, "f", make_adapter(tmp_path / "a", "a"), max_concurrency=2)
+        await deploy(fleet, service, "f", make_adapter(tmp_path / "b", "b"), replace=True, max_concurrency=2)
+        await fleet.deployments.route("f", {1: 50}, who="test", is_canary=True)
+        old, new = ask(fleet, "f@v1"), ask(fleet, "f@v2")
+        played = await worker(service, 3)
+        loads = [await played.hears(LoadAdapter), await played.hears(LoadAdapter)]
+        with pytest.raises(RateLimited):  # the limit is the function's, by whatever name
+            await ask(fleet, "f@latest")
+        played.says(*(Loaded(load.digest, 0.1, 1) for load in loads))
+        for _ in loads:
+            await answer(played)
+        assert {await old, await new} == {load.digest for load in loads}
+        assert await old == fleet.registry.entry("f").version(1).digest
+        shares = {facts.digest: facts.share for facts in fleet.control.controller._facts(None) if facts.name == "f"}
+        assert sorted(shares.values()) == [0.5, 0.5]
+        await fleet.deployments.route("f", {2: 100}, who="test")
+        assert (await played.hears(UnloadAdapter)).digest == await old
 
     play(tmp_path, scene)
 

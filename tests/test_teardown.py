@@ -19,14 +19,18 @@ from typing import Any
 import httpx
 import pytest
 
+from serverlesslora.adapters.files import CONFIG, WEIGHTS, identify
 from serverlesslora.config import BackboneConfig, ServerConfig
 from serverlesslora.demo import TASKS, adapter_paths
 from serverlesslora.gateway import backbone_service
 from serverlesslora.gateway.backend import GenerationRequest
 from serverlesslora.gateway.fleet import Fleet
-from serverlesslora.gateway.registry import Function
 from serverlesslora.metering.ledger import Ledger
 from serverlesslora.metering.usage import RequestUsage
+from serverlesslora.registry.entries import Facts, Version, begun
+from serverlesslora.registry.file import Change, RegistryFile
+from serverlesslora.registry.functions import Settings
+from serverlesslora.registry.schema import REGISTRY_FILE
 from serverlesslora_ipc.channel import AsyncChannel
 from serverlesslora_ipc.frames import close_fds
 from serverlesslora_ipc.messages import (
@@ -203,6 +207,17 @@ async def pause(stage: Stage, domain: str) -> None:
             await asyncio.sleep(rng.choice((0.0, 0.0, 0.005, 0.29)))
 
 
+def stored_adapter(directory: Path, content: str) -> str:
+    """An adapter that was deployed in an earlier life; its digest."""
+    draft = directory / f".draft-{content}"
+    draft.mkdir(parents=True)
+    (draft / CONFIG).write_text("{}")
+    (draft / WEIGHTS).write_text(content)
+    digest = identify(draft, max_bytes=1 << 20).digest
+    draft.rename(directory / digest)
+    return digest
+
+
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, requests: int) -> tuple[Stage, list[str]]:
     stage = Stage(random.Random(seed))
     lost: list[str] = []
@@ -212,13 +227,21 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, requests: i
         config = ServerConfig(
             backbones=(BackboneConfig("base"),), idle_timeout_s=IDLE_S, state_dir=str(tmp_path / "state"), device="cpu"
         )
-        fleet = Fleet(config)
-        for name in names:
-            fleet.registry.deploy(
-                Function(
-                    name=name, digest=name.ljust(64, "0"), backbone="base", source="played", created=0, size_bytes=1
-                )
+        state = tmp_path / "state"
+        kept = RegistryFile(state / REGISTRY_FILE)
+        for revision, name in enumerate(names):
+            version = Version(
+                number=1,
+                digest=stored_adapter(state / "adapters", name),
+                source="played",
+                backbone="base",
+                created=0,
+                facts=Facts(size_bytes=1),
+                identity="l:c",  # of the played weights: nothing is to be looked at again
             )
+            kept.write([Change(name, None, begun(name, version, Settings()), "", "")], who="", revision=revision)
+        kept.close()
+        fleet = Fleet(config)
         try:
             await fleet.startup()
             clients = (client(fleet, stage, name, requests // DOMAINS, lost) for name in names)

@@ -68,6 +68,7 @@ class PlayedService:
     name = "base"
     context_length = 100
     takes_requests = True
+    identity: str | None = None
     size_bytes = BACKBONE_BYTES
 
     def __init__(self) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 from rich.table import Table
 
-from serverlesslora.cli.client import add_client_flags, call, plain_console
+from serverlesslora.cli.client import add_client_flags, call, plain, plain_console
 from serverlesslora.cli.serve import Subparsers
-from serverlesslora.gateway.registry import Function
+from serverlesslora.gateway.functions_view import FunctionView
+from serverlesslora.registry.entries import shown
 
 
 def add_parsers(commands: Subparsers) -> None:
@@ -26,6 +27,12 @@ def add_parsers(commands: Subparsers) -> None:
         action="store_true",
         help="give an existing name these weights; running requests finish on the old ones",
     )
+    deploy.add_argument(
+        "--weight",
+        type=int,
+        metavar="PERCENT",
+        help="requests the new version of an existing function gets, the others keep the rest [100]",
+    )
     add_client_flags(deploy)
     deploy.set_defaults(run=run_deploy)
 
@@ -33,7 +40,7 @@ def add_parsers(commands: Subparsers) -> None:
     add_client_flags(list_)
     list_.set_defaults(run=run_list)
 
-    remove = commands.add_parser("remove", help="remove a function from a running server")
+    remove = commands.add_parser("remove", help="remove a function with all versions, or NAME@v3 alone")
     remove.add_argument("name")
     add_client_flags(remove)
     remove.set_defaults(run=run_remove)
@@ -41,38 +48,43 @@ def add_parsers(commands: Subparsers) -> None:
 
 def run_deploy(arguments: argparse.Namespace) -> int:
     adapter = Path(arguments.adapter).expanduser()
-    body = {
-        "function": {
-            "name": arguments.name,
-            "adapter": str(adapter.resolve() if adapter.exists() else adapter),
-            "backbone": arguments.backbone,
-            "tenant": arguments.tenant,
-            "max_concurrency": arguments.max_concurrency,
-        },
-        "replace": arguments.replace,
+    given = {
+        "name": arguments.name,
+        "adapter": str(adapter.resolve() if adapter.exists() else arguments.adapter),
+        "backbone": arguments.backbone,
+        "tenant": arguments.tenant,
+        "max_concurrency": arguments.max_concurrency,
     }
-    function: Function = call(arguments, "POST", "/admin/functions", body, type=Function)
+    body = {
+        # What is not given is not sent: a function that is replaced keeps its settings.
+        "function": {name: value for name, value in given.items() if value is not None},
+        "replace": arguments.replace or arguments.weight is not None,
+        "weight": 100 if arguments.weight is None else arguments.weight,
+    }
+    function: FunctionView = call(arguments, "POST", "/admin/functions", body, type=FunctionView)
     if arguments.json:
         print(msgspec.json.encode(function).decode())
     else:
         print(
-            f"{function.name} -> {function.digest[:16]} on {function.backbone} "
-            f"(rank {function.rank}, {function.modules} modules)"
+            f"{function.name} v{function.version} -> {function.digest[:16]} on {function.backbone} "
+            f"(rank {function.rank}, {function.modules} modules); requests: {shown(function.weights)}"
         )
     return 0
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    functions: list[Function] = call(arguments, "GET", "/admin/functions", type=list[Function])
+    functions: list[FunctionView] = call(arguments, "GET", "/admin/functions", type=list[FunctionView])
     if arguments.json:
         print(msgspec.json.encode(functions).decode())
         return 0
-    table = Table("function", "adapter", "backbone", "tenant", "rank", "modules", "MB", "also")
+    table = Table("function", "versions", "adapter", "backbone", "tenant", "rank", "modules", "MB", "also", "state")
     for f in functions:
-        size = f"{f.size_bytes / 1e6:.1f}"
-        table.add_row(
-            f.name, f.digest[:16], f.backbone, f.tenant or "", str(f.rank), str(f.modules), size, ", ".join(f.kinds)
-        )
+        sizes = (str(f.rank), str(f.modules), f"{f.size_bytes / 1e6:.1f}")
+        versions = f"v{f.version}" if len(f.weights) == 1 else shown(f.weights)
+        of = f" of {len(f.versions)}" if len(f.versions) > 1 else ""
+        state = f.state if f.problem is None else f"{f.state}: {f.problem}"
+        texts = (versions + of, f.digest[:16], f.backbone, plain(f.tenant or ""), *sizes, ", ".join(f.kinds))
+        table.add_row(plain(f.name), *texts, plain(state))
     plain_console().print(table)
     return 0
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
 import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console
+from rich.text import Text
 
 from serverlesslora.errors import ConfigError, ServerlessLoraError, Unavailable
 from serverlesslora.tenancy.secret import id_of
@@ -37,6 +41,11 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
+def plain(text: str) -> Text:
+    """Names come from users: neither markup nor an escape sequence of theirs reaches the terminal."""
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
+
+
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", default=DEFAULT_URL, metavar="URL", help=f"admin API of the server [{DEFAULT_URL}]")
     parser.add_argument(
@@ -60,9 +69,35 @@ def call(
     server: str = arguments.server
     data = None if body is None else msgspec.json.encode(body)
     request = urllib.request.Request(server + path, data=data, headers=_authorization(arguments), method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+    with _asked(server, request, timeout_s) as response:
+        try:
             content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"{server} ended its answer early ({error})") from None
+    result: T = msgspec.json.decode(content, type=type) if content else None  # type: ignore[assignment]
+    return result
+
+
+def stream(
+    arguments: argparse.Namespace, path: str, body: object, *, type: type[T], timeout_s: float = 600.0
+) -> Iterator[T]:
+    """The lines of an answer as they come. Raises as `call`; `timeout_s` is for each line."""
+    server: str = arguments.server
+    request = urllib.request.Request(
+        server + path, data=msgspec.json.encode(body), headers=_authorization(arguments), method="POST"
+    )
+    with _asked(server, request, timeout_s) as response:
+        try:
+            for line in response:
+                yield msgspec.json.decode(line, type=type)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"{server} ended its answer early ({error}); nothing or all may have changed") from None
+
+
+@contextlib.contextmanager
+def _asked(server: str, request: urllib.request.Request, timeout_s: float) -> Iterator[http.client.HTTPResponse]:
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout_s)
     except urllib.error.HTTPError as error:
         try:
             raise RefusedByServer(msgspec.json.decode(error.read(), type=Refusal).error) from None
@@ -71,8 +106,8 @@ def call(
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise Unavailable(f"no server at {server} ({reason}); start one with `serverlesslora serve`") from None
-    result: T = msgspec.json.decode(content, type=type) if content else None  # type: ignore[assignment]
-    return result
+    with response:
+        yield response
 
 
 def _authorization(arguments: argparse.Namespace) -> dict[str, str]:

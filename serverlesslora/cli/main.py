@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import msgspec
 
 from serverlesslora import __version__
-from serverlesslora.cli import admin, doctor, keys, plan, serve, simulate, top, usage
+from serverlesslora.cli import admin, apply, doctor, healthcheck, keys, plan, serve, simulate, top, usage, versions
 from serverlesslora.errors import ServerlessLoraError
 
-COMMANDS = (serve, admin, keys, doctor, top, plan, usage, simulate)
+COMMANDS = (serve, admin, apply, versions, keys, doctor, top, plan, usage, simulate, healthcheck)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 well, 1 failed with a reason, 2 wrong usage (argparse's own)."""
+    """Returns the exit code: 0 well, 1 failed with a reason, 2 wrong usage (argparse's own) or a dry run found work."""
     parsed = make_parser().parse_args(arguments)
     try:
         code: int = parsed.run(parsed)

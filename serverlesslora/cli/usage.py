@@ -13,7 +13,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from serverlesslora.cli.client import add_client_flags, call, plain_console
+from serverlesslora.cli.client import add_client_flags, call, plain, plain_console
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.errors import ConfigError
 from serverlesslora.metering.export import PricedRow, RequestReport, UsageReport, to_csv
@@ -124,7 +124,7 @@ def _sums(report: UsageReport) -> Table:
 def _name(row: PricedRow) -> Text:
     if row.usage.idle:
         return Text("idle", style="italic")
-    return Text("none", style="italic") if row.usage.key is None else _plain(row.usage.key)
+    return Text("none", style="italic") if row.usage.key is None else plain(row.usage.key)
 
 
 def _sum_cells(row: PricedRow) -> list[str]:
@@ -140,7 +140,7 @@ def _requests(report: RequestReport) -> Table:
     for row in report.rows:
         u = row.usage
         started = datetime.datetime.fromtimestamp(u.started_at, datetime.UTC).strftime("%m-%d %H:%M:%S")
-        texts = [_plain(text) for text in (u.request_id, u.function, u.tenant or "", u.status, u.rung)]
+        texts = [plain(text) for text in (u.request_id, u.function, u.tenant or "", u.status, u.rung)]
         tokens = (str(u.prompt_tokens), str(u.completion_tokens))
         table.add_row(started, *texts, *tokens, f"{u.device_s:.3f}", f"{u.duration_s:.3f}", *_money(row.money))
     return table
@@ -148,11 +148,6 @@ def _requests(report: RequestReport) -> Table:
 
 def _money(money: Money) -> tuple[str, str]:
     return f"{money.paid:.4g}", "-" if money.charged is None else f"{money.charged:.4g}"
-
-
-def _plain(text: str) -> Text:
-    """Names come from users: neither markup nor an escape sequence of theirs reaches the terminal."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
 
 
 def _remarks(report: UsageReport | RequestReport) -> Iterator[str]:

@@ -10,6 +10,7 @@ import msgspec
 
 from serverlesslora.errors import InvalidRequest, ModelNotFound, NotFound
 from serverlesslora.gateway.backend import Backend, ModelCard
+from serverlesslora.registry.names import SEPARATOR
 
 Body = TypeVar("Body")
 
@@ -55,6 +56,10 @@ class AdapterApi:
             raise InvalidRequest("Both 'lora_name' and 'lora_path' must be provided.", param=missing)
         if len(name) > 256 or not name.isprintable():
             raise InvalidRequest("'lora_name' must be at most 256 printable characters.", param="lora_name")
+        if SEPARATOR in name:
+            raise InvalidRequest(
+                f"'lora_name' cannot have '{SEPARATOR}' in it, which leads to versions.", param="lora_name"
+            )
         if "\0" in path or len(path) > 4096:
             raise InvalidRequest("'lora_path' is not a path.", param="lora_path")
         async with self._lock(name):
@@ -79,7 +84,7 @@ class AdapterApi:
             raise InvalidRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
         async with self._lock(name):
             card = self._card(name)
-            if card is None or card.parent is None:
+            if card is None or card.parent is None or card.id != card.name:  # a version is not removed here
                 raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
             await self._backend.unload_adapter(name)
         return f"Success: LoRA adapter '{name}' removed successfully."

@@ -2,30 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from serverlesslora.config import FunctionConfig
 from serverlesslora.errors import InvalidRequest, ServerlessLoraError, Unauthorized
-from serverlesslora.gateway.door import AdminDoor
+from serverlesslora.gateway.door import AdminDoor, bearer
 from serverlesslora.gateway.fleet import Fleet
+from serverlesslora.gateway.functions_view import function_view, versions_view
 from serverlesslora.gateway.http_errors import CHALLENGE
 from serverlesslora.gateway.usage_api import usage_routes
+from serverlesslora.registry.declared import Declared, Difference
+from serverlesslora.registry.entries import ALL, Weights
+from serverlesslora.registry.names import parse, parse_version
 from serverlesslora.tenancy.keyring import Keyring
-from serverlesslora_ipc.messages import Loaded
+from serverlesslora_ipc.messages import Loaded, WireError
+
+log = logging.getLogger("serverlesslora.admin")
 
 T = TypeVar("T")
 
 
+Percent = Annotated[int, Meta(ge=0, le=ALL)]
+
+
 class Deploy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    function: FunctionConfig
+    function: dict[str, Any]  # a FunctionConfig; with `replace`, what is not given stays as it is
     replace: bool = False
+    weight: Percent = ALL  # per cent of the requests that the new version gets
+
+
+class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    weights: dict[str, Percent]  # by "v3"
+    canary: bool = False  # the versions that are not named keep the rest
+
+
+class Rollback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    to: str | None = None  # "v3"; None: what was in force before
+
+
+class Apply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    functions: tuple[Declared, ...]
+    dry_run: bool = False
+    prune: bool = False
+    revision: int | None = None  # of the difference that somebody has agreed to
+
+
+class ApplyEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of the answer to Apply: what is done for a function; at the end the difference, or why there is none."""
+
+    function: str | None = None
+    step: str | None = None
+    difference: Difference | None = None
+    error: WireError | None = None
 
 
 class Inspect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,29 +110,125 @@ async def _body(request: Request, type_: type[T]) -> T:
         raise InvalidRequest(f"bad body: {error}") from error
 
 
+def _wanted(deploy: Deploy, fleet: Fleet) -> FunctionConfig:
+    """New weights alone do not make a function somebody else's, nor take its limits away."""
+    given = deploy.function
+    entry = fleet.registry.entries.get(str(given.get("name")))
+    if deploy.replace and entry is not None:
+        here = {backbone.name for backbone in fleet.registry.backbones()}
+        kept = {"backbone": entry.stable.backbone} if entry.stable.backbone in here else {}
+        given = kept | msgspec.structs.asdict(entry.settings) | given
+    try:
+        return msgspec.convert(given, FunctionConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"bad body: {error} (in `function`)") from error
+
+
+def _number(text: str, param: str) -> int:
+    number = parse_version(text)
+    if number is None:
+        raise InvalidRequest(f"{text[:40]!r} is no version: they are called v1, v2 and so on", param=param)
+    return number
+
+
+def _numbered(weights: Mapping[str, int]) -> Weights:
+    return {_number(text, "weights"): weight for text, weight in weights.items()}
+
+
+async def _applying(fleet: Fleet, wanted: Apply, who: str) -> AsyncIterator[bytes]:
+    """Lines of JSON as things happen. Whoever leaves before the last one has changed nothing, or everything."""
+    events: asyncio.Queue[ApplyEvent] = asyncio.Queue()
+
+    async def apply() -> None:
+        try:
+            difference = await fleet.deployments.apply(
+                wanted.functions,
+                dry_run=wanted.dry_run,
+                prune=wanted.prune,
+                revision=wanted.revision,
+                who=who,
+                on_step=lambda name, step: events.put_nowait(ApplyEvent(function=name, step=step)),
+            )
+            events.put_nowait(ApplyEvent(difference=difference))
+        except ServerlessLoraError as error:
+            events.put_nowait(ApplyEvent(error=error.to_wire()))
+        except Exception:  # the status is sent already
+            log.exception("apply failed")
+            unexpected = ServerlessLoraError("The server had an unexpected error; its log has the details.")
+            events.put_nowait(ApplyEvent(error=unexpected.to_wire()))
+
+    task = asyncio.create_task(apply(), name="apply")
+    try:
+        while True:
+            event = await events.get()
+            yield msgspec.json.encode(event) + b"\n"
+            if event.difference is not None or event.error is not None:
+                return
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
     """Open to all who reach it until there is an admin key; always without `keys`."""
+
+    deployments, registry = fleet.deployments, fleet.registry
+
+    def who(request: Request) -> str:
+        """For the history."""
+        key = None if keys is None else keys.check_admin(bearer(request.scope))
+        return "admin API" if key is None else f"key {key.id}"
+
+    def view(name: str, *, number: int | None = None, status: int = 200) -> Response:
+        return _answer(function_view(registry.entry(name), deployments, number), status)
 
     async def state(request: Request) -> Response:
         return _answer(fleet.status())
 
     async def functions(request: Request) -> Response:
-        return _answer(list(fleet.registry.functions()))
+        return _answer([function_view(entry, deployments) for entry in registry.entries.values()])
 
     async def deploy(request: Request) -> Response:
         wanted = await _body(request, Deploy)
-        await fleet.deploy(wanted.function, replace=wanted.replace)
-        return _answer(fleet.registry.function(wanted.function.name), 201)
+        function = _wanted(wanted, fleet)
+        number = await deployments.deploy(function, replace=wanted.replace, weight=wanted.weight, who=who(request))
+        return view(function.name, number=number, status=201)
 
     async def remove(request: Request) -> Response:
-        await fleet.unload_adapter(request.path_params["name"])
+        name = request.path_params["name"]
+        asked = parse(name)
+        if asked is not None and isinstance(asked.version, int):
+            await deployments.remove_version(asked.function, asked.version, who=who(request))
+        else:
+            await deployments.remove(name, who=who(request))
         return Response(status_code=204)
+
+    async def versions(request: Request) -> Response:
+        name = request.path_params["name"]
+        return _answer(versions_view(registry.entry(name), await registry.history(name), deployments))
+
+    async def route(request: Request) -> Response:
+        wanted = await _body(request, Routing)
+        weights = _numbered(wanted.weights)
+        await deployments.route(wanted.name, weights, who=who(request), is_canary=wanted.canary)
+        return view(wanted.name)
+
+    async def roll_back(request: Request) -> Response:
+        wanted = await _body(request, Rollback)
+        to = None if wanted.to is None else _number(wanted.to, "to")
+        await deployments.roll_back(wanted.name, to=to, who=who(request))
+        return view(wanted.name)
+
+    async def apply(request: Request) -> Response:
+        wanted = await _body(request, Apply)
+        return StreamingResponse(_applying(fleet, wanted, who(request)), media_type="application/x-ndjson")
 
     async def inspect(request: Request) -> Response:
         wanted = await _body(request, Inspect)
         backbone = fleet.registry.backbone(wanted.backbone)
         stored = await fleet.store.obtain(wanted.adapter)
-        facts: Loaded = await fleet.inspect(backbone.name, stored)
+        facts: Loaded = await deployments.inspect(backbone.name, stored)
         return _answer(
             Inspection(
                 digest=stored.digest,
@@ -119,6 +257,10 @@ def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
             Route("/admin/functions", functions, methods=["GET"]),
             Route("/admin/functions", deploy, methods=["POST"]),
             Route("/admin/functions/{name:path}", remove, methods=["DELETE"]),
+            Route("/admin/versions/{name:path}", versions, methods=["GET"]),
+            Route("/admin/route", route, methods=["POST"]),
+            Route("/admin/rollback", roll_back, methods=["POST"]),
+            Route("/admin/apply", apply, methods=["POST"]),
             Route("/admin/verify/{name:path}", verify, methods=["POST"]),
             Route("/admin/inspect", inspect, methods=["POST"]),
             Route("/admin/plan", plan, methods=["GET"]),

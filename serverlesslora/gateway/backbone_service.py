@@ -228,6 +228,12 @@ class BackboneService:
         return self.facts.published.content_digest if self.facts.published else None
 
     @property
+    def identity(self) -> str | None:
+        """Of the weights and how they lie: what was found out about an adapter is true while this is the same."""
+        published = self.facts.published
+        return f"{published.layout_digest}:{published.content_digest}" if published else None
+
+    @property
     def size_bytes(self) -> int:
         """What is held for all workers now: 0 before it is loaded, at rest, and where there is no host."""
         sealed = self._memory.sealed if self._memory else None

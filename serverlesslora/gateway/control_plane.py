@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from serverlesslora.adapters.store import AdapterStore
 from serverlesslora.config import ServerConfig
 from serverlesslora.devices import DeviceKind
 from serverlesslora.gateway.accounts import Accounts
@@ -24,13 +25,13 @@ from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.backend import GenerationRequest
 from serverlesslora.gateway.controller import Controller
 from serverlesslora.gateway.holdings import Holdings
-from serverlesslora.gateway.registry import Registry, Target
 from serverlesslora.gateway.request_queue import RequestQueue
-from serverlesslora.gateway.store import AdapterStore
 from serverlesslora.gateway.workers import Workers
 from serverlesslora.metering.budgets import Budgets, Limit
 from serverlesslora.metering.ledger import Ledger
 from serverlesslora.metering.prices import read_prices
+from serverlesslora.registry.functions import Target
+from serverlesslora.registry.registry import Registry
 from serverlesslora.scheduler.arrivals import ArrivalModel, ArrivalSnapshot
 from serverlesslora.scheduler.dispatcher import Dispatcher
 from serverlesslora.scheduler.policies import NEVER_SEEN_GAP_S, build_policies
@@ -59,12 +60,14 @@ class ControlPlane:
         self._config = config
         self.device = device
         self.cold_timeout_s = config.cold_timeout_s
-        self._store = store
+        self.store = store
         self._state = Path(config.state_dir)
         self.open_by_domain: Counter[str] = Counter()  # requests, from the door to their end
         self.keeps_deadlines = config.batching == "on"
         prices = read_prices(config.prices)
-        budgets = [Limit(tenant.name, tenant.budget, tenant.period) for tenant in config.tenants]
+        budgets = [
+            Limit(tenant.name, tenant.budget, tenant.period) for tenant in config.tenants if tenant.budget is not None
+        ]
         self.accounts = Accounts(
             Ledger(self._state / LEDGER_FILE), prices, Budgets(budgets, currency=prices.currency), device=device
         )
@@ -76,7 +79,7 @@ class ControlPlane:
             holdings=self.holdings,
             isolation=config.isolation,
             sharing=config.sharing,
-            path_of=self.path_of,
+            store=store,
             cold_timeout_s=config.cold_timeout_s,
             rest_after_s=config.keep_alive_min_s,
         )
@@ -115,9 +118,6 @@ class ControlPlane:
         await self.workers.shutdown()
         self.accounts.resident(self.holdings.take())
         await self.accounts.shutdown()
-
-    def path_of(self, digest: str) -> str:
-        return str(self._store.path_of(digest))
 
     def objective_s(self, request: GenerationRequest, target: Target) -> float:
         """How long the first token may take."""

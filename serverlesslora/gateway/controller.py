@@ -7,6 +7,7 @@ followed by its act without waiting in between.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,14 +15,16 @@ from math import inf
 
 import msgspec
 
+from serverlesslora.adapters.store import AdapterStore
 from serverlesslora.errors import ServerlessLoraError, Unavailable
 from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.holdings import ITSELF, Holdings
-from serverlesslora.gateway.registry import Function, Registry, Target, domain_of
 from serverlesslora.gateway.request_queue import RequestQueue
 from serverlesslora.gateway.worker_link import WorkerLink
 from serverlesslora.gateway.worker_state import WorkerState
 from serverlesslora.gateway.workers import Workers
+from serverlesslora.registry.functions import Function, Target, domain_of
+from serverlesslora.registry.registry import Registry
 from serverlesslora.scheduler.artifacts import Artifact, Eviction, Move, Offload, Plan, Wait
 from serverlesslora.scheduler.catalogue import FunctionFacts, adapter_id, catalogue
 from serverlesslora.scheduler.policies import Policies
@@ -45,21 +48,19 @@ class Controller:
         holdings: Holdings,
         isolation: str,
         sharing: Switch,
-        path_of: Callable[[str], str],
+        store: AdapterStore,
         cold_timeout_s: float,
         rest_after_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`path_of`: where the store keeps a digest. `rest_after_s`: a backbone that was loaded on demand is given back
-        when it had no worker for so long.
-        """
+        """`rest_after_s`: a backbone that was loaded on demand is given back when it had no worker for so long."""
         self.policies = policies
         self._registry = registry
         self._services = services
         self.holdings = holdings
         self._isolation = isolation
         self._sharing = sharing
-        self._path_of = path_of
+        self._store = store
         self._cold_timeout_s = cold_timeout_s
         self._rest_after_s = rest_after_s
         self._clock = clock
@@ -367,11 +368,16 @@ class Controller:
         if service is None:
             return
         try:
-            link = (await self._workers.place(domain, service)).link
-            for function in self._functions_of(domain):
-                if adapter_id(domain, function.digest) in wanted:
+            functions = [f for f in self._functions_of(domain) if adapter_id(domain, f.digest) in wanted]
+            with contextlib.ExitStack() as held:
+                paths = []
+                for function in functions:  # before the worker, which would wait for what is far away
+                    held.enter_context(self._store.hold(function.digest))
+                    paths.append(await self._store.ensure(function.digest, function.source))
+                link = (await self._workers.place(domain, service)).link
+                for function, path in zip(functions, paths, strict=True):
                     self.holdings.owned(domain, function.digest, function.name, function.tenant)
-                    await asyncio.shield(link.load(function.digest, self._path_of(function.digest)))
+                    await asyncio.shield(link.load(function.digest, str(path)))
         except ServerlessLoraError as error:
             log.warning("%s could not be loaded ahead: %s", domain, error)
 
@@ -391,16 +397,17 @@ class Controller:
         return domain_of(Target(self._registry.backbone(function.backbone), function), isolation=self._isolation)
 
     def _functions_of(self, domain: str) -> list[Function]:
+        """Each as every version that somebody gets."""
         if self._functions_version != self._registry.version:
             self._functions = {}
-            for function in self._registry.functions():
+            for function in self._registry.routed():
                 self._functions.setdefault(self._domain(function), []).append(function)
             self._functions_version = self._registry.version
         return self._functions.get(domain, [])
 
     def _names(self, domain: str) -> list[str]:
         """What the domain's arrivals are counted under; those of a bare backbone under its own name."""
-        functions = [function.name for function in self._functions_of(domain)]
+        functions = list(dict.fromkeys(function.name for function in self._functions_of(domain)))
         backbone = self._bare.get(domain)
         return functions if backbone is None else [*functions, backbone]
 
@@ -414,7 +421,7 @@ class Controller:
             if self._services[name].takes_requests and (domains is None or domain in domains):
                 yield FunctionFacts(name, None, domain, name, None, 0)
         if domains is None:
-            functions = self._registry.functions()
+            functions = self._registry.routed()
         else:
             functions = (function for domain in domains for function in self._functions_of(domain))
         for function in functions:
@@ -429,6 +436,7 @@ class Controller:
                 adapter_bytes=function.size_bytes,
                 pinned=function.pinned,
                 slo_s=function.slo_ttft_s,
+                share=function.share,
             )
 
 

@@ -11,37 +11,35 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import msgspec
 
+from serverlesslora.adapters.sources import parse_source, shown
 from serverlesslora.config import CPU_KV_MEMORY_MB, CPU_STEP_TOKENS, DEVICE_STEP_TOKENS, FunctionConfig, ServerConfig
 from serverlesslora.devices import DeviceKind, choose_device
-from serverlesslora.errors import (
-    ConfigError,
-    InvalidRequest,
-    ModelNotFound,
-    RateLimited,
-    ServerlessLoraError,
-    Unavailable,
-)
+from serverlesslora.errors import InvalidRequest, RateLimited, Unavailable
 from serverlesslora.gateway.backbone_service import BackboneService, BackboneStatus
 from serverlesslora.gateway.backend import BackendStats, GenerationRequest, Health, ModelCard
 from serverlesslora.gateway.commands import num_cores
 from serverlesslora.gateway.control_plane import ControlPlane
+from serverlesslora.gateway.deployments import Deployments
 from serverlesslora.gateway.generation import FleetGeneration
+from serverlesslora.gateway.live_state import LiveState, Spending
+from serverlesslora.gateway.live_view import live_of, stats_of
 from serverlesslora.gateway.plan_view import PlanView, view_of
-from serverlesslora.gateway.registry import Backbone, Function, Registry, Target, domain_of
-from serverlesslora.gateway.store import AdapterStore, StoredAdapter
-from serverlesslora.gateway.worker_link import WorkerLink
-from serverlesslora.gateway.workers import retired_after
+from serverlesslora.gateway.quotas import limits_of
+from serverlesslora.gateway.storing import create_store, needed_by
+from serverlesslora.registry.file import RegistryFile
+from serverlesslora.registry.functions import Backbone, Function, Target, domain_of
+from serverlesslora.registry.registry import Registry
+from serverlesslora.registry.schema import REGISTRY_FILE
+from serverlesslora.tenancy.key import Limits
 from serverlesslora.worker.lease import create_lease_fd
-from serverlesslora_ipc.messages import Loaded, Progress, Stats, Verified, WorkerLimits
+from serverlesslora_ipc.messages import Progress, Stats, Verified, WorkerLimits
 
 log = logging.getLogger("serverlesslora.fleet")
 
 ADAPTER_BYTES_PER_WORKER = 4 << 30
-INSPECTIONS_AT_ONCE = 4  # each is a worker; a server may start with a thousand functions to look at
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -89,7 +87,7 @@ class Fleet:
         device, reason = choose_device(config.device)
         log.info("device %s: %s", device, reason)
         created = int(time.time())
-        limits = worker_limits(config, device)
+        self._limits = limits = worker_limits(config, device)
         self._services = {
             backbone.public_name: BackboneService(
                 backbone.public_name,
@@ -111,13 +109,10 @@ class Fleet:
             [
                 Backbone(name=b.public_name, source=b.model, dtype=b.dtype or config.dtype, created=created)
                 for b in config.backbones
-            ]
+            ],
+            RegistryFile(Path(config.state_dir) / REGISTRY_FILE),
         )
-        self.store = AdapterStore(
-            Path(config.state_dir) / "adapters",
-            max_bytes=config.max_adapter_mb << 20,
-            roots=[Path(root) for root in config.adapter_roots],
-        )
+        self.store = create_store(config, lambda: needed_by(self.registry, self.control.workers))
         self.device = device
         self.control = ControlPlane(
             config,
@@ -130,16 +125,17 @@ class Fleet:
         self._workers = self.control.workers
         self._open_by_domain = self.control.open_by_domain
         self._open_by_function: Counter[str] = Counter()
-        self._deploying: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # held by who deploys
-        self._inspecting = asyncio.Semaphore(INSPECTIONS_AT_ONCE)
-        self._inspectors: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
-        self._inspected: dict[tuple[str, str], Loaded] = {}  # (backbone, digest): a verdict never changes
+        self._generations: set[FleetGeneration] = set()
+        self.deployments = Deployments(
+            config, registry=self.registry, services=self._services, store=self.store, control=self.control
+        )
         self._is_started = False
 
     # --- life
 
     async def startup(self) -> None:
-        """Load the backbones and deploy the configured functions. Raises what keeps the server from serving."""
+        """Load the backbones, beside the functions that were kept deploy the configured ones. Raises what keeps the
+        server from serving."""
         self.store.sweep()
         await self.control.startup()
         for service in self._services.values():
@@ -147,13 +143,21 @@ class Fleet:
         if self._config.preload != "off":
             for service in self._services.values():
                 await service.wait_ready()
-        await asyncio.gather(*(self._deploy_configured(function) for function in self._config.functions))
+        await self.deployments.startup()
         self._is_started = True
 
     async def shutdown(self) -> None:
+        self.store.stop()
+        await self.deployments.shutdown()
         await self.control.shutdown()
         await asyncio.gather(*(service.shutdown() for service in self._services.values()))
         os.close(self._lease_fd)
+
+    def interrupt(self) -> None:
+        """Everything under way ends with an error now, and nothing new begins."""
+        self.control.queue.shutdown()
+        for generation in self._generations:
+            generation.interrupt(Unavailable("The server is shutting down.", code="shutting_down", retry_after_s=5))
 
     @property
     def num_open(self) -> int:
@@ -162,43 +166,49 @@ class Fleet:
     # --- models
 
     def models(self) -> list[ModelCard]:
-        backbones = [self._card(Target(backbone, None)) for backbone in self.registry.backbones()]
-        functions = [self._card(self.registry.resolve(f.name)) for f in self.registry.functions()]
+        backbones = [self._card(Target(backbone, None), backbone.name) for backbone in self.registry.backbones()]
+        functions = [self._card(self.registry.resolve(f.name), f.name) for f in self.registry.functions()]
         return backbones + functions
 
     def model(self, name: str) -> ModelCard:
-        return self._card(self.registry.resolve(name))
+        """`name` may be a version's: "f@v3"."""
+        return self._card(self.registry.resolve(name), name)
 
-    def _card(self, target: Target) -> ModelCard:
+    def _card(self, target: Target, name: str) -> ModelCard:
         backbone, function = target
         max_model_len = self._services[backbone.name].context_length
         if self._config.max_model_len is not None and max_model_len is not None:
             max_model_len = min(max_model_len, self._config.max_model_len)
         return ModelCard(
-            id=function.name if function else backbone.name,
-            root=function.source if function else backbone.source,
+            id=name,
+            root=shown(function.source) if function else backbone.source,
             parent=backbone.name if function else None,
             created=function.created if function else backbone.created,
             max_model_len=max_model_len,
             digest=target.digest,
             tenant=function.tenant if function else None,
+            limits=limits_of(function) if function else Limits(),
+            version=function.version if function else None,
         )
 
     # --- requests
 
     @contextlib.asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[FleetGeneration]:
-        target = self.registry.resolve(request.model)
+        target = self.registry.resolve(request.model, request.user or request.request_id)
+        self.deployments.check(target)
         domain = self._domain(target)
-        name = request.model
+        name = target.function.name if target.function else target.backbone.name
         self._admit(target, domain)
         generation = FleetGeneration(self.control, request, target, domain, self._services[target.backbone.name])
+        self._generations.add(generation)
         self._open_by_domain[domain] += 1
         self._open_by_function[name] += 1
         try:
             yield generation
         finally:
             generation.close()
+            self._generations.discard(generation)
             _decrement(self._open_by_domain, domain)
             _decrement(self._open_by_function, name)
 
@@ -218,100 +228,25 @@ class Fleet:
     # --- functions
 
     async def load_adapter(self, name: str, path: str, *, in_place: bool, tenant: str | None) -> ModelCard:
-        if not self._config.runtime_deploys_allowed:
+        if not self._config.may_deploy_from(kind := parse_source(path).kind):
+            flag = "--adapter-root" if kind == "local" else f"--adapter-source {kind}"
             raise InvalidRequest(
-                "adapters cannot be loaded at run time on this address; start the server with --adapter-roots",
+                f"adapters cannot be loaded at run time from {kind} sources on this address; start the server with "
+                f"{flag}",
                 param="lora_path",
             )
-        return await self.deploy(FunctionConfig(name=name, adapter=path, tenant=tenant), replace=in_place)
+        config = FunctionConfig(name=name, adapter=path, tenant=tenant)
+        if in_place and (entry := self.registry.entries.get(name)):  # new weights change nothing else
+            config = FunctionConfig(name=name, adapter=path, **msgspec.structs.asdict(entry.settings))
+        return await self.deploy(config, replace=in_place)
 
     async def deploy(self, function: FunctionConfig, *, replace: bool) -> ModelCard:
-        """Copy the adapter, prove in a throw-away worker that it can be served, then put it under its name.
-
-        Raises NotFound, AdapterInvalid, InvalidRequest (the name is taken) or Unavailable; the name is unchanged then.
-        """
-        backbone = self.registry.backbone(function.backbone)
-        lock = self._deploying.setdefault(function.name, asyncio.Lock())
-        async with lock:
-            self.registry.check_name(function.name)
-            if self.registry.function(function.name) is not None and not replace:
-                raise InvalidRequest(
-                    f"The lora adapter '{function.name}' has already been loaded. If you want to load the adapter in "
-                    "place, set 'load_inplace' to True.",
-                    param="lora_name",
-                )
-            stored = await self.store.obtain(function.adapter)
-            facts = await self.inspect(backbone.name, stored)
-            previous = self.registry.deploy(
-                Function(
-                    name=function.name,
-                    digest=stored.digest,
-                    backbone=backbone.name,
-                    source=function.adapter,
-                    created=int(time.time()),
-                    tenant=function.tenant,
-                    max_concurrency=function.max_concurrency,
-                    slo_ttft_s=function.slo_ttft_s,
-                    pinned=function.pinned,
-                    size_bytes=facts.size_bytes,
-                    rank=facts.rank,
-                    modules=facts.modules,
-                    kinds=facts.kinds,
-                )
-            )
-        if previous is not None:
-            self._forget(previous)
-        self.control.controller.made_room()  # a pinned function is loaded by the next plan
+        """Raises as `Deployments.deploy`; the name is unchanged then."""
+        await self.deployments.deploy(function, replace=replace)
         return self.model(function.name)
 
-    async def inspect(self, backbone: str, stored: StoredAdapter) -> Loaded:
-        """What loading it finds out. A hostile file can hurt only the worker that was made for looking at it."""
-        key = (backbone, stored.digest)
-        lock = self._inspectors.setdefault(key, asyncio.Lock())
-        async with lock:  # many functions of one adapter, deployed together, look at it once
-            if key not in self._inspected:
-                service = self._services[backbone]
-                async with self._inspecting:
-                    await service.wait_ready(self._config.cold_timeout_s)
-                    link = await self._workers.start_alone(f"{backbone}/inspect:{stored.digest[:16]}", service)
-                    with retired_after(self._workers, link):
-                        self._inspected[key] = await self._load_in_time(link, stored)
-            return self._inspected[key]
-
-    async def _load_in_time(self, link: WorkerLink, stored: StoredAdapter) -> Loaded:
-        """A file may take for ever to load; it must not keep its place, and its name locked, for as long."""
-        try:
-            async with asyncio.timeout(self._config.cold_timeout_s):
-                return await asyncio.shield(link.load(stored.digest, str(stored.path)))
-        except TimeoutError:
-            raise Unavailable(
-                f"the adapter did not load within {self._config.cold_timeout_s:g} s", retry_after_s=30
-            ) from None
-
     async def unload_adapter(self, name: str) -> None:
-        removed = self.registry.remove(name)
-        if removed is None:
-            raise ModelNotFound(f"The lora adapter '{name[:200]}' cannot be found.", param="lora_name")
-        self._forget(removed)
-        self.control.controller.forget(removed)
-
-    def _forget(self, function: Function) -> None:
-        """Its adapter leaves every worker that no other function needs it in."""
-        target = Target(self.registry.backbone(function.backbone), function)
-        domain = self._domain(target)
-        still_used = any(
-            other.digest == function.digest and self._domain(self.registry.resolve(other.name)) == domain
-            for other in self.registry.functions()
-        )
-        if (link := self._workers.find(domain)) and not still_used:
-            link.unload(function.digest)
-            self.control.controller.changed(link)
-
-    async def _deploy_configured(self, function: FunctionConfig) -> None:
-        try:
-            await self.deploy(function, replace=False)
-        except ServerlessLoraError as error:
-            raise ConfigError(f"function {function.name!r} cannot be served: {error.message}") from error
+        await self.deployments.remove(name)
 
     # --- what is going on
 
@@ -345,19 +280,17 @@ class Fleet:
         return view_of(self.control.controller, self.control.queue, self._workers, self._config.policy)
 
     def stats(self) -> BackendStats:
-        stats = [link.stats for link in self._workers if link.stats is not None]
-        total_blocks = sum(s.kv_total_blocks for s in stats)
-        resident = {digest for link in self._workers for digest in link.adapters}
-        return BackendStats(
-            running=sum(s.running for s in stats),
-            waiting=sum(s.waiting for s in stats) + self.control.queue.num_waiting,
-            kv_usage=sum(s.kv_used_blocks for s in stats) / total_blocks if total_blocks else 0.0,
-            max_adapters=sum(1 for _ in self.registry.functions()),
-            running_adapters=tuple(f.name for f in self.registry.functions() if f.digest in resident),
-            waiting_adapters=self.control.queue.waiting_functions,
-            held_bytes=self.control.holdings.counted_bytes,
-            capacity_bytes=self.control.holdings.capacity_bytes,
-        )
+        return stats_of(self.control, self._with_domains(), self._limits)
+
+    def live(self) -> LiveState:
+        return live_of(self.control, self._services, self._with_domains(), self._open_by_function)
+
+    def watch(self, spending: Spending) -> None:
+        self.control.accounts.watch(spending)
+
+    def _with_domains(self) -> list[tuple[Function, str]]:
+        """Every function, and its domain."""
+        return [(f, self._domain(self.registry.resolve(f.name))) for f in self.registry.functions()]
 
     def health(self) -> Health:
         backbones = [service.status() for service in self._services.values()]

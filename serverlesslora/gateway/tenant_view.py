@@ -37,4 +37,4 @@ class TenantView:
     def _shows(self, card: ModelCard) -> bool:
         if card.parent is None:
             return self._grant.may_ask_backbones
-        return self._grant.may_ask(card.id, card.tenant)
+        return self._grant.may_ask(card.name, card.tenant)

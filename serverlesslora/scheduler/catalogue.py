@@ -30,6 +30,7 @@ class FunctionFacts(msgspec.Struct, frozen=True):
     adapter_bytes: int
     pinned: bool = False
     slo_s: float | None = None
+    share: float = 1.0  # of the function's requests: it may have several adapters at once
 
 
 def backbone_id(name: str) -> str:
@@ -86,7 +87,7 @@ def catalogue(
             delay_s = profile.adapter_s + function.adapter_bytes * profile.adapter_byte_s
             name = adapter_id(function.domain, function.digest)
             parts.append(gather(name, "adapter", function.adapter_bytes, delay_s, worker))
-        arrivals = rate(function.name)
+        arrivals = rate(function.name) * function.share
         load = arrivals * service_s(function.name) if service_s else 0.0
         used = last_used.get(function.name, -inf)
         for part in parts:
