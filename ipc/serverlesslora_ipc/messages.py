@@ -25,6 +25,7 @@ class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: Literal["json_schema", "regex", "choice", "lark", "gbnf"]
     text: str  # the schema or the choices as JSON, or the source of the expression or grammar
+    param: str | None = None  # the part of the request that carried it, for a refusal
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -99,6 +100,7 @@ class Generate(Message, frozen=True):
     # Of CLOCK_MONOTONIC, which all processes of a host share, seconds: a request that has not begun by then fails.
     deadline: float | None = None
     pooling: Literal["last", "mean"] | None = None  # nothing is generated: the prompt's Embedding is the answer
+    token_strs: bool = False  # of an echo: each token as the vocabulary writes it
 
 
 class Abort(Message, frozen=True):
@@ -173,6 +175,7 @@ class PromptEcho(Message, frozen=True):
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...] | None = None  # first entry is None: nothing predicts the first token
+    token_strs: tuple[str, ...] | None = None  # as asked for
 
 
 class Delta(Message, frozen=True):

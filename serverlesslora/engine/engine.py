@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from serverlesslora.engine.account import Account
 from serverlesslora.engine.adapters import AdapterRead, AdapterTable
 from serverlesslora.engine.blocks import BlockManager
+from serverlesslora.engine.constraint import CompiledGrammar, Grammars
 from serverlesslora.engine.device import Choosing, Device
 from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.kv_pool import KvPool
@@ -131,6 +132,7 @@ class Engine:
         self._sampler = device.create_sampler()
         self._loads_aside = device.kind != "cpu"
         self._adapters = AdapterTable(lora, text, clock)
+        self.grammars = Grammars()
         self._requests: dict[str, Request] = {}
         self._request_of: dict[Sequence, Request] = {}
         self._outbox: list[WorkerToGateway] = []
@@ -193,11 +195,19 @@ class Engine:
         out, self._outbox = self._outbox, []
         return out
 
-    def submit(self, message: Generate) -> None:
-        """Accept the request; what is wrong with it is told by the next step, as Failed."""
+    def codec_of(self, adapter: str | None) -> TextCodec | None:
+        """What a request for this adapter is encoded with; None: it is not loaded."""
+        entry = None if adapter is None else self._adapters.find(adapter)
+        return self._text if adapter is None else None if entry is None else entry.text
+
+    def submit(self, message: Generate, grammar: CompiledGrammar | ServerlessLoraError | None = None) -> None:
+        """Accept the request; what is wrong with it is told by the next step, as Failed.
+
+        `grammar` is the request's, compiled elsewhere, or what came of that; without it that is done here.
+        """
         assert message.request_id not in self._requests
         try:
-            request = self._accept(message)
+            request = self._accept(message, grammar)
         except ServerlessLoraError as error:
             self._outbox.append(Failed(message.request_id, error.to_wire()))
             return
@@ -370,6 +380,10 @@ class Engine:
         requests = [request for request in dict.fromkeys(owners) if self._is_open(request)]
         self._scheduler.commit([item for item in work if item.sequence in self._request_of])
         self._score(result.scoring)
+        for states in result.pooling:
+            owner = self._request_of.get(states.sequence)
+            if owner is not None and not owner.pool.add(states):
+                self._fail(owner, NonFiniteLogits(_NAN))
         for request in requests:
             out += request.echo()
         places = {item.sequence: item.end for item in work}
@@ -418,7 +432,7 @@ class Engine:
             if request is None:
                 continue  # aborted, or it failed while it was scored, or another choice of it has failed here
             if not token.ok:
-                self._fail(request, NonFiniteLogits(_NAN))
+                self._fail(request, request.fault(sequence) or NonFiniteLogits(_NAN))
                 continue
             sequence.token_ids[place:] = [token.token_id]
             delta = request.advance(sequence, token, now)
@@ -428,7 +442,7 @@ class Engine:
 
     # --- beginning and end of a request -------------------------------------------------------------------------
 
-    def _accept(self, message: Generate) -> Request:
+    def _accept(self, message: Generate, grammar: CompiledGrammar | ServerlessLoraError | None) -> Request:
         text, vocab_size = self._text, self._lora.vocab_size
         if message.adapter is not None:
             entry = self._adapters.find(message.adapter)
@@ -441,8 +455,13 @@ class Engine:
             raise InvalidRequest(
                 f"token {max(prompt_ids)} is beyond the model's vocabulary of {vocab_size} tokens", param="prompt"
             )
-        max_tokens = self._max_tokens(len(prompt_ids), message.sampling.max_tokens)
-        request = Request(message, text, prompt_ids, max_tokens, submitted_at=self._clock())
+        asked = message.sampling.max_tokens if message.pooling is None else 0
+        max_tokens = self._max_tokens(len(prompt_ids), asked)
+        if isinstance(grammar, ServerlessLoraError):
+            raise grammar
+        if grammar is None and message.sampling.grammar is not None:
+            grammar = self.grammars.compile(message.sampling.grammar, text)
+        request = Request(message, text, prompt_ids, max_tokens, submitted_at=self._clock(), grammar=grammar)
         request.create_choices(self._sequence_ids)
         return request
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from serverlesslora.engine.constraint import CompiledGrammar, Constraint
 from serverlesslora.engine.detokenize import Detokenizer
 from serverlesslora.engine.logprobs import token_logprob
+from serverlesslora.engine.pooling import Pool
 from serverlesslora.engine.prompts import TextCodec
 from serverlesslora.engine.sampler import Sampled, SampleRow, choice_seed
 from serverlesslora.engine.sequence import Sequence, SequenceState
@@ -17,6 +19,7 @@ from serverlesslora.errors import ServerlessLoraError
 from serverlesslora_ipc.messages import (
     Aborted,
     Delta,
+    Embedding,
     Failed,
     Finished,
     Generate,
@@ -36,6 +39,7 @@ class Choice:
     sequence: Sequence
     stopping: Stopping
     detokenizer: Detokenizer
+    constraint: Constraint | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +57,8 @@ class Request:
     prompt_scores: list[Sampled] = field(default_factory=list)  # of the second prompt token and those behind it
     choices: dict[Sequence, Choice] = field(default_factory=dict)
     num_cached: int = 0
+    grammar: CompiledGrammar | None = None  # what every choice must match
+    pool: Pool = field(default_factory=Pool)
     _has_echoed: bool = False
 
     @property
@@ -84,7 +90,8 @@ class Request:
         """
         samples = self.max_tokens > 0
         first: Sequence | None = None
-        for index in range(self.message.n if samples else int(self.scores_prompt)):
+        pooling = self.message.pooling
+        for index in range(self.message.n if samples else int(self.scores_prompt or pooling is not None)):
             sequence = Sequence(
                 next(sequence_ids),
                 self.adapter,
@@ -93,6 +100,7 @@ class Request:
                 follows=first,
                 samples=samples,
                 scores_prompt=self.scores_prompt and first is None,
+                pooling=pooling,
                 due=self.due,
             )
             self.choices[sequence] = self._choice(index, sequence)
@@ -110,8 +118,25 @@ class Request:
                 prompt_tokens=num_prompt,
                 context_length=num_prompt + self.max_tokens,
             ),
-            self.text.detokenizer(self.prompt_ids, skip_special_tokens=params.skip_special_tokens),
+            self.text.detokenizer(
+                self.prompt_ids, skip_special_tokens=params.skip_special_tokens, prompt=self.message.prompt
+            ),
+            self._constraint(),
         )
+
+    def _constraint(self) -> Constraint | None:
+        if self.grammar is None:
+            return None
+        shunned = self.text.eos_token_ids if self.message.sampling.ignore_eos else ()
+        return self.grammar.begin(after=self._reasoning_end, shunned=shunned)
+
+    @property
+    def _reasoning_end(self) -> str | None:
+        """What ends the reasoning that the output begins inside of."""
+        if not self.text.begins_reasoning(self.message.prompt, self.prompt_ids):
+            return None
+        tags = self.text.dialect.reasoning_tags
+        return None if tags is None else tags[1]
 
     def is_complete(self, sequence: Sequence) -> bool:
         """Whether it has as many tokens as it may have, whatever they are."""
@@ -127,7 +152,13 @@ class Request:
             prompt_ids=self.prompt_ids,
             output_ids=sequence.output_ids if penalised else (),
             banned=choice.stopping.banned,
+            constraint=choice.constraint,
         )
+
+    def fault(self, sequence: Sequence) -> ServerlessLoraError | None:
+        """Why no token could be chosen for it, where its grammar is the reason."""
+        constraint = self.choices[sequence].constraint
+        return None if constraint is None else constraint.fault
 
     def advance(self, sequence: Sequence, sampled: Sampled, now: float) -> Delta:
         """What the token that was just sampled means for the client."""
@@ -136,7 +167,8 @@ class Request:
         if self.first_token_at is None:
             self.first_token_at = now
         piece = choice.detokenizer.push(sampled.token_id)
-        outcome = choice.stopping.push(sampled.token_id, piece, choice.detokenizer.flush)
+        is_complete = choice.constraint is not None and choice.constraint.advance(sampled.token_id)
+        outcome = choice.stopping.push(sampled.token_id, piece, choice.detokenizer.flush, is_complete=is_complete)
         logprobs = None
         if self.message.sampling.logprobs is not None:
             logprobs = (token_logprob(sampled, self.text.vocabulary),)
@@ -153,7 +185,15 @@ class Request:
     def start(self, now: float) -> Started:
         self.started_at = now
         self.num_cached = max((sequence.num_cached for sequence in self.choices), default=0)
-        return Started(self.message.request_id, len(self.prompt_ids), self.num_cached)
+        dialect = self.text.dialect
+        return Started(
+            self.message.request_id,
+            len(self.prompt_ids),
+            self.num_cached,
+            dialect.tool_format,
+            dialect.reasoning_tags,
+            self.text.begins_reasoning(self.message.prompt, self.prompt_ids),
+        )
 
     def echo(self) -> list[PromptEcho]:
         """The prompt, once, as soon as all of it is scored that has to be."""
@@ -167,9 +207,14 @@ class Request:
         logprobs = None
         if self.scores_prompt:
             logprobs = (None, *(token_logprob(scored, self.text.vocabulary) for scored in self.prompt_scores))
-        return [PromptEcho(self.message.request_id, shown, tuple(self.prompt_ids), logprobs)]
+        strs = None
+        if self.message.token_strs:
+            strs = tuple(self.text.tokenizer.convert_ids_to_tokens(self.prompt_ids))
+        return [PromptEcho(self.message.request_id, shown, tuple(self.prompt_ids), logprobs, strs)]
 
-    def end_without_output(self) -> list[Delta]:
+    def end_without_output(self) -> list[Delta | Embedding]:
+        if self.message.pooling is not None:
+            return [Embedding(self.message.request_id, self.pool.vector())]
         return [Delta(self.message.request_id, index, "", finish_reason="length") for index in range(self.message.n)]
 
     # --- its end, told once everything it is charged for is known ------------------------------------------------

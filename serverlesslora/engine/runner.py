@@ -14,6 +14,7 @@ from serverlesslora.engine.decode_graphs import DecodeGraphs
 from serverlesslora.engine.device import Device
 from serverlesslora.engine.host_device import HOST
 from serverlesslora.engine.lora import Adapter, LoraModel, Segment
+from serverlesslora.engine.pooling import HiddenStates, hidden_states
 from serverlesslora.engine.scheduler import Work
 from serverlesslora.engine.sequence import Sequence
 from serverlesslora_ipc.messages import WorkerLimits
@@ -31,6 +32,7 @@ class StepOutput(NamedTuple):
     sampling: list[Sequence]  # the sequences whose next token can be sampled, in the order of the rows
     logits: Tensor  # [len(sampling), vocab] in the model's dtype
     scoring: list[PromptLogits]
+    pooling: list[HiddenStates] = []  # noqa: RUF012 (nobody adds to it)
 
 
 class Runner:
@@ -60,6 +62,7 @@ class Runner:
                 max_blocks=min(self.kv.num_blocks, -(-max_model_len // limits.block_size)),
             )
         self._row_segments: list[Segment] | None = None
+        self._hidden: Tensor | None = None  # of the rows of the step that runs
         freeze_rope(model, max_model_len)
         # The head sees other rows than the body, and it may carry LoRA too.
         self._hook = model.get_output_embeddings().register_forward_pre_hook(self._enter_head)
@@ -102,7 +105,8 @@ class Runner:
                 sampled_rows.append(row - 1)
         if len(sampled_rows) < len(rows):
             logits = logits[sampled_rows]
-        return StepOutput(sampling, logits, scoring)
+        hidden, self._hidden = self._hidden, None
+        return StepOutput(sampling, logits, scoring, [] if hidden is None else hidden_states(work, hidden))
 
     def _forward(
         self, work: list[Work], rows: list[int], row_counts: list[int], adapters: Mapping[str, Adapter]
@@ -124,6 +128,8 @@ class Runner:
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
         }
+        pools = any(item.sequence.pooling for item in work)
+        hook = self._model.base_model.register_forward_hook(self._leave_body) if pools else None
         try:
             if rows:
                 # The model's own forward knows what its head does besides the matrix (scales, soft caps).
@@ -134,8 +140,13 @@ class Runner:
                 logits = torch.empty(0, 1, device=self._device)
         finally:
             self._row_segments = None
+            if hook is not None:
+                hook.remove()
         self.attention.end()
         return logits
+
+    def _leave_body(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._hidden = output[0][0]
 
     def _enter_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
         if self._row_segments is not None:  # else the head sees the same rows as the body

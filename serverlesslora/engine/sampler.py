@@ -3,9 +3,10 @@
 Order of operations (the meaning of each is OpenAI's, vLLM's or, for the repetition penalty, transformers'):
 
 1. `logit_bias` is added; 2. repetition penalty over the ids of prompt and output; 3. presence and frequency penalties
-over the output; 4. banned ids become -inf; 5. temperature 0 takes the largest score and ends here; 6. division by the
-temperature; 7. `top_k`; 8. `top_p` of what is left; 9. `min_p`, relative to the most probable token; 10. one draw by
-inverse CDF in float64 with the number that belongs to (seed, position), see `counter_rng`.
+over the output; 4. banned ids and those that a grammar forbids become -inf; 5. temperature 0 takes the largest score
+and ends here; 6. division by the temperature; 7. `top_k`; 8. `top_p` of what is left; 9. `min_p`, relative to the most
+probable token; 10. one draw by inverse CDF in float64 with the number that belongs to (seed, position), see
+`counter_rng`.
 
 Equal scores are ordered by id everywhere: greedy, `top_k` and `top_p` keep the smaller ids, alternatives list them
 first. Log-probabilities are log_softmax of the logits as the model gave them, before all of the above, so they do not
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from numpy.typing import NDArray
 
 from serverlesslora.engine.counter_rng import choice_seed, uniform
 from serverlesslora_ipc.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from serverlesslora.engine.constraint import Constraint
 
 __all__ = ["SampleRow", "Sampled", "Sampler", "choice_seed"]
 
@@ -47,6 +51,7 @@ class SampleRow(NamedTuple):
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
     banned: Sequence[int] = ()
+    constraint: Constraint | None = None
 
 
 class Sampled(NamedTuple):
@@ -90,6 +95,9 @@ class Sampler:
         assert len(logits) == len(rows), (tuple(logits.shape), len(rows))
         if not rows:
             return []
+        for row in rows:  # while a device is still computing the logits
+            if row.constraint is not None:
+                row.constraint.prepare()
         table = _on_host(logits)
         if all(_is_plain_greedy(row) for row in rows):
             # numpy's argmax over a row is vectorised: 25 times as fast as torch's on a CPU with a 150k vocabulary.
@@ -124,6 +132,7 @@ def is_adjusted(row: SampleRow) -> bool:
     params = row.params
     return bool(
         row.banned
+        or row.constraint is not None
         or params.logit_bias
         or params.repetition_penalty != 1.0
         or params.presence_penalty
@@ -162,7 +171,10 @@ def _adjusted(values: Floats, row: SampleRow) -> Floats:
         counts = np.bincount(_known(np.asarray(row.output_ids, np.int64), size))
         seen = np.flatnonzero(counts)
         scores[seen] -= (params.presence_penalty + params.frequency_penalty * counts[seen]).astype(np.float32)
-    scores[_known(np.asarray(row.banned, np.int64), size)] = -np.inf
+    if row.constraint is not None and row.constraint.is_active:
+        scores[~row.constraint.allowed(size, row.banned)] = -np.inf
+    else:
+        scores[_known(np.asarray(row.banned, np.int64), size)] = -np.inf
     return scores
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, field
+from typing import Literal
 
 UNKNOWN = -1  # in the place of a token that the device has chosen and the host has not seen yet
 
@@ -29,6 +30,8 @@ class Sequence:
     follows: Sequence | None = None  # the first choice of the same request: it computes the prompt for all
     samples: bool = True  # False: the prompt is only scored
     scores_prompt: bool = False  # the logits of every prompt position are wanted
+    pooling: Literal["last", "mean"] | None = None  # hidden states of the prompt are wanted, and nothing else
+    num_pooled: int = 0  # runner: prompt positions whose hidden states need not be computed again
     num_scored: int = 0  # runner: prompt positions whose logits have been used
     num_computed: int = 0  # scheduler: tokens whose keys and values are in the blocks
     num_cached: int = 0  # scheduler: how many of them the prefix cache gave at the last admission
@@ -71,6 +74,8 @@ class Sequence:
         every position that is still to be scored."""
         if self.num_scored < self.num_to_score:
             return self.num_scored
+        if self.pooling == "mean":
+            return min(self.num_pooled, len(self.token_ids) - 1)
         return len(self.token_ids) - 1
 
     @property

@@ -44,8 +44,12 @@ class Stopping:
         """Ids that must not be sampled next: those that would end the sequence before its minimum."""
         return self._ending_ids if self.num_tokens < self._min_tokens else ()
 
-    def push(self, token_id: int, text: str, flush: Callable[[], str] | None = None) -> Outcome:
+    def push(
+        self, token_id: int, text: str, flush: Callable[[], str] | None = None, *, is_complete: bool = False
+    ) -> Outcome:
         """Account for one token, whose `text` may be empty (part of a character) or hold earlier tokens' text too.
+
+        `is_complete`: nothing may follow it, because the output is all that its grammar allows.
 
         `flush` (the detokenizer's) is asked for the last text when the sequence ends for another reason than a stop
         string. A token that ends the sequence is not shown unless `include_stop_str_in_output` asks for it.
@@ -56,7 +60,7 @@ class Stopping:
         is_full = self.num_tokens == self.max_tokens
         if ends and not self._include_stop:
             text = ""
-        if (ends or is_full) and flush is not None:
+        if (ends or is_full or is_complete) and flush is not None:
             rest = flush()
             text += "" if ends and not self._include_stop else rest
         if self.num_tokens < self._min_tokens:
@@ -68,8 +72,8 @@ class Stopping:
         if ends:
             reason = None if token_id in self._eos_ids else token_id
             return Outcome(shown + self._strings.release(), "stop", reason)
-        if is_full:
-            return Outcome(shown + self._strings.release(), "length")
+        if is_full or is_complete:
+            return Outcome(shown + self._strings.release(), "stop" if is_complete else "length")
         return Outcome(shown)
 
 

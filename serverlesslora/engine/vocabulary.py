@@ -20,7 +20,7 @@ class Vocabulary:
     """Build it once per tokenizer: its tables are made on first use and kept."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = self._tokenizer = tokenizer
         self._shown: dict[int, str] = {}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -59,6 +59,24 @@ class Vocabulary:
         """The bytes the token adds to the output: concatenated over an output they are its UTF-8."""
         raw = self.raw_bytes(token_id)
         return self.text(token_id).encode("utf-8", "replace") if raw is None else raw
+
+    def spellings(self, size: int) -> list[bytes]:
+        """`utf8` of the ids from 0 to `size`, in a fraction of the time that asking one by one takes."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self.is_byte_level or backend is None:
+            return [self.utf8(token_id) for token_id in range(size)]
+        before = self.decode(self.anchor)
+        wholes = backend.decode_batch([[*self.anchor, token_id] for token_id in range(size)], skip_special_tokens=False)
+        return [
+            self._fallback_bytes.get(token_id) or whole[len(before) :].encode("utf-8", "replace")
+            if whole.startswith(before)
+            else self.utf8(token_id)
+            for token_id, whole in enumerate(wholes)
+        ]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
 
     def _text(self, token_id: int) -> str:
         raw = self.raw_bytes(token_id)

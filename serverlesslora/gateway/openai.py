@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway.structured import FIELDS, grammar_of
 from serverlesslora_ipc.messages import Finished, SamplingParams
 
 MAX_TOKEN_ID = 2**31 - 1
@@ -57,6 +58,13 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: Alternatives | None = None
     return_token_ids: bool | None = None
+    # What the output must match: see `structured.FIELDS`.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -73,24 +81,21 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.wants_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-# Features we know and do not serve, with the values that ask for nothing. `None` never asks for anything.
+# Features we know and do not serve, except in bodies that have such a field, with the values that ask for nothing.
+# `None` never asks for anything.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "modalities": ([], ["text"]),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
     "structural_tag": (),
+    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "prompt_embeds": (),
@@ -101,6 +106,10 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "thinking_token_budget": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "service_tier": ("auto", "default"),
+    "moderation": (),
 }
 
 B = TypeVar("B", bound=GenerationBody)
@@ -113,7 +122,7 @@ def parse_body(body: Mapping[str, Any], kind: type[B], *, max_n: int) -> B:
     """A request of the given kind, or InvalidRequest naming the field."""
     for name, harmless in _UNSERVED.items():
         value = body.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in harmless and name not in kind.__struct_fields__:
             raise InvalidRequest(f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter")
     try:
         request = msgspec.convert(body, kind)
@@ -180,6 +189,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         skip_special_tokens=request.skip_special_tokens is not False,
+        grammar=grammar_of({name: getattr(request, name) for name in FIELDS}),
     )
 
 
@@ -190,11 +200,16 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def of(cls, finished: list[Finished]) -> Usage:

@@ -1,7 +1,8 @@
 """The life of one worker: read what the gateway asks, step the engine under the device lease, send what came out.
 
 The main thread computes; a second thread only reads the channel, so that an abort or the gateway's death is seen
-while a step runs. When the channel ends the process ends: a worker never outlives its gateway.
+while a step runs, and a third compiles grammars. When the channel ends the process ends: a worker never outlives its
+gateway.
 
 A turn on the device is one step, whatever is in it: a worker that only decodes and one with a long prompt take turns
 like for like. While others want the device a step takes few prompt tokens, so that all of them come round soon.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import queue
@@ -26,11 +28,13 @@ import torch
 from serverlesslora.engine.adapters import AdapterRead
 from serverlesslora.engine.engine import FORGET_AFTER_S, Engine
 from serverlesslora.launcher.prepared import PreparedBackbone, warm_up
+from serverlesslora.worker.compiling import Compiling, GrammarRead
 from serverlesslora.worker.lease import DeviceLease
 from serverlesslora_ipc import sealed
 from serverlesslora_ipc.channel import Channel, ChannelClosed
 from serverlesslora_ipc.messages import (
     Abort,
+    Aborted,
     Fork,
     GatewayToWorker,
     Generate,
@@ -54,6 +58,9 @@ CONTENDED_STEP_TOKENS = 96
 LEASE_VARIABLE = "SERVERLESSLORA_LEASE"  # "off": no turns, to measure what they are worth (bench/lease.py)
 
 
+Arrival = GatewayToWorker | AdapterRead | GrammarRead
+
+
 class Worker:
     def __init__(
         self, channel: Channel[GatewayToWorker], engine: Engine, lease: DeviceLease, clock: Callable[[], float]
@@ -62,9 +69,12 @@ class Worker:
         self._engine = engine
         self._lease = lease
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Sequence[GatewayToWorker | AdapterRead]] = queue.SimpleQueue()
-        self._arrived: deque[GatewayToWorker | AdapterRead] = deque()
+        self._inbox: queue.SimpleQueue[Sequence[Arrival]] = queue.SimpleQueue()
+        self._arrived: deque[Arrival] = deque()
         self._loading: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
+        self._compiling = Compiling(lambda read: self._inbox.put([read]))
+        self._uncompiled: dict[str, Generate] = {}  # requests whose grammars are being compiled
+        self._unloads: list[UnloadAdapter] = []  # that came after them
         self._stats_sent_at = float("-inf")
         self._last_stats: Stats | None = None
         self._lease_wait_s = 0.0
@@ -112,6 +122,10 @@ class Worker:
             log.exception("an adapter could not be read")
             os._exit(1)
 
+    def compile(self) -> None:
+        """The compiler thread. Ends with the process."""
+        self._compiling.loop()
+
     def _receive(self) -> None:
         """Take everything that has arrived; wait for something only when there is nothing to compute."""
         if not self._engine.has_work:
@@ -123,7 +137,7 @@ class Worker:
                 self._arrived.extend(self._inbox.get(timeout=STARVED_PAUSE_S))
         self._handle_arrived()
 
-    def _rest(self) -> Sequence[GatewayToWorker | AdapterRead]:
+    def _rest(self) -> Sequence[Arrival]:
         """What arrives next; while nothing does, memory goes back to the device step by step."""
         idle_s = 0.0
         for pause_s in (REST_AFTER_S, FORGET_AFTER_S - REST_AFTER_S):
@@ -141,7 +155,12 @@ class Worker:
         while self._arrived and (until is None or not isinstance(self._arrived[0], until)):
             match message := self._arrived.popleft():
                 case Generate():
-                    self._engine.submit(message)
+                    self._submit(message)
+                case GrammarRead():
+                    self._go_on(message)
+                case Abort() if message.request_id in self._uncompiled:
+                    del self._uncompiled[message.request_id]
+                    self._send(Aborted(message.request_id))
                 case Abort():
                     self._engine.abort(message.request_id)
                 case LoadAdapter() if self._engine.loads_aside and self._engine.has_work:
@@ -150,10 +169,29 @@ class Worker:
                     self._send(self._engine.load_adapter(message))
                 case AdapterRead():
                     self._send(self._engine.admit(message))
+                case UnloadAdapter() if self._uncompiled:
+                    self._unloads.append(message)
                 case UnloadAdapter():
                     self._engine.unload_adapter(message.digest)
                 case Shutdown():
                     self._leaving = True
+
+    def _submit(self, message: Generate) -> None:
+        grammar, text = message.sampling.grammar, self._engine.codec_of(message.adapter)
+        if grammar is None or text is None:
+            self._engine.submit(message)
+            return
+        self._uncompiled[message.request_id] = message
+        self._compiling.put(message, functools.partial(self._engine.grammars.compile, grammar, text))
+
+    def _go_on(self, read: GrammarRead) -> None:
+        """The request with its grammar, unless it was aborted while it had none."""
+        if self._uncompiled.pop(read.message.request_id, None) is not None:
+            self._engine.submit(read.message, read.grammar)
+        if not self._uncompiled:
+            for message in self._unloads:
+                self._engine.unload_adapter(message.digest)
+            self._unloads.clear()
 
     def _send(self, message: WorkerToGateway) -> None:
         self._channel.send([message])
@@ -228,6 +266,7 @@ def run(
     worker = Worker(channel, engine, open_lease(lease_fd), time.monotonic)
     with _on(cores):
         threading.Thread(target=worker.read, name="reader", daemon=True).start()
+        threading.Thread(target=worker.compile, name="compiler", daemon=True).start()
         if engine.loads_aside:
             threading.Thread(target=worker.load, name="loader", daemon=True).start()
         if prepared.weights is not None and not prepared.is_rehearsed:
