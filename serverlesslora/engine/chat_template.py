@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from serverlesslora.engine.dialect import dialect_of, reads
+from serverlesslora.engine.tool_text import with_calls_in_words, with_tools_in_words
 from serverlesslora.errors import InvalidRequest
 from serverlesslora_ipc.messages import ChatPrompt
 
@@ -42,16 +44,22 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str | dict[str, str] | 
         raise InvalidRequest("'messages' must not be empty.", param="messages")
     _refuse_reserved(tokenizer, prompt.template_kwargs)
     source = _source(template, with_tools=bool(prompt.tools))
+    variables = _variables(prompt.template_kwargs, source)
+    messages, tools = _messages(prompt.messages, source), prompt.tools
+    if not reads(source, "tools"):
+        if not reads(source, "tool_calls"):
+            messages = with_calls_in_words(messages)
+        messages, tools = with_tools_in_words(messages, tools or (), has_system=_takes_system(source)), None
     try:
         with _cpu_limit(RENDER_CPU_S):
             text = tokenizer.apply_chat_template(
-                _messages(prompt.messages, source),
-                tools=prompt.tools or None,
+                messages,
+                tools=tools or None,
                 chat_template=source,
                 add_generation_prompt=prompt.add_generation_prompt,
                 continue_final_message=prompt.continue_final_message,
                 tokenize=False,
-                **prompt.template_kwargs,
+                **variables,
             )
     except TemplateTooSlow:
         raise InvalidRequest(
@@ -81,6 +89,41 @@ def _refuse_reserved(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[s
         raise InvalidRequest(
             f"'chat_template_kwargs' must not set {', '.join(reserved) or 'messages'}.", param="chat_template_kwargs"
         )
+
+
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that turns reasoning on and off
+
+
+def _variables(template_kwargs: dict[str, Any], source: str) -> dict[str, Any]:
+    """The variables that the template reads. One that it does not read is refused, because nothing would come of it;
+    but a variable that is not set is false in a template, so a false one asks for nothing.
+
+    A template that can only turn reasoning on and off takes any effort but "none" as on.
+    """
+    variables = dict(template_kwargs)
+    reasons = dialect_of(source).reasoning_tags is not None
+    effort = variables.get("reasoning_effort")
+    if effort is not None and not reads(source, "reasoning_effort"):
+        del variables["reasoning_effort"]
+        switch = next((name for name in _SWITCHES if reads(source, name)), None)
+        if switch is not None:
+            variables.setdefault(switch, effort != "none")
+        elif effort != "none" or reasons:
+            raise InvalidRequest(
+                "This model's chat template has no reasoning effort to set; leave 'reasoning_effort' out.",
+                param="reasoning_effort",
+            )
+    for name, value in template_kwargs.items():
+        if name in variables and not reads(source, name) and (value or (reasons and name in _SWITCHES)):
+            raise InvalidRequest(
+                f"This model's chat template does not read {name!r}; leave it out.", param="chat_template_kwargs"
+            )
+    return variables
+
+
+def _takes_system(source: str) -> bool:
+    """Some templates know the role only to refuse it."""
+    return "system" in source and "system role not supported" not in source.lower()
 
 
 def _messages(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:

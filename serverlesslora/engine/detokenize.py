@@ -35,9 +35,12 @@ class Detokenizer:
         tokenizer: PreTrainedTokenizerBase | Vocabulary,
         prompt_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """`shown_ids` are special tokens that are text all the same."""
         self._vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary(tokenizer)
         self._skip_special = skip_special_tokens
+        self._shown_ids = shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []  # last final piece
         self._pending: list[int] = []  # opaque tokens whose text may be incomplete
@@ -46,7 +49,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that is now certain."""
-        if self._skip_special and self._vocabulary.is_special(token_id):
+        if self._is_hidden(token_id):
             return ""
         raw = self._vocabulary.raw_bytes(token_id)
         if raw is not None:
@@ -57,11 +60,14 @@ class Detokenizer:
         """The rest at the end of the sequence; an incomplete character becomes U+FFFD."""
         return self._close_bytes() + self._close_text()
 
+    def _is_hidden(self, token_id: int) -> bool:
+        return self._skip_special and self._vocabulary.is_special(token_id) and token_id not in self._shown_ids
+
     def _enter(self, prompt_ids: Sequence[int]) -> None:
         """Only the end of the prompt matters: its last piece, and its last bytes if they are half a character."""
         tail: list[int] = []
         for token_id in reversed(prompt_ids):
-            if not (self._skip_special and self._vocabulary.is_special(token_id)):
+            if not self._is_hidden(token_id):
                 tail.append(token_id)
             if len(tail) == 4:  # UTF-8 synchronises itself: four bytes back is always enough
                 break

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serverlesslora.engine import chat_template
 from serverlesslora.engine.detokenize import Detokenizer
+from serverlesslora.engine.dialect import Dialect, dialect_of
 from serverlesslora.engine.tokenizer_files import TokenizerFiles
 from serverlesslora.engine.vocabulary import Vocabulary
 from serverlesslora.errors import AdapterInvalid, ContextLengthExceeded, InvalidRequest
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 # Text that needs fewer tokens than one for this many characters is not a prompt (English has 4, runs of spaces more):
 # such a text is refused before the tokenizer has to walk through megabytes of it.
 MAX_CHARS_PER_TOKEN = 32
+
+_TAIL = 32  # tokens at the end of a prompt that hold an opening tag and the white space behind it, even byte by byte
 
 
 class TextCodec:
@@ -119,8 +123,26 @@ class TextCodec:
             )
         return ids
 
-    def detokenizer(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-        return Detokenizer(self.vocabulary, prompt_ids, skip_special_tokens)
+    def detokenizer(
+        self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True, prompt: Prompt | None = None
+    ) -> Detokenizer:
+        """The marks by which the answer to this chat is taken apart are text, also where they are special tokens."""
+        shown = self._mark_ids(with_tools=bool(prompt.tools)) if isinstance(prompt, ChatPrompt) else frozenset()
+        return Detokenizer(self.vocabulary, prompt_ids, skip_special_tokens, shown)
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        return dialect_of(self.chat_template)
+
+    def begins_reasoning(self, prompt: Prompt, prompt_ids: Sequence[int]) -> bool:
+        """Whether the output begins inside of reasoning, because the template has opened it."""
+        if self.dialect.reasoning_tags is None or not isinstance(prompt, ChatPrompt):
+            return False
+        return self.dialect.is_open(self.vocabulary.decode(prompt_ids[-_TAIL:]))
+
+    def _mark_ids(self, *, with_tools: bool) -> frozenset[int]:
+        marks = (*(self.dialect.reasoning_tags or ()), *(self.dialect.tool_marks if with_tools else ()))
+        return frozenset(self.tokenizer.convert_tokens_to_ids(mark) for mark in marks if self.vocabulary.has(mark))
 
     @property
     def max_chars(self) -> int:

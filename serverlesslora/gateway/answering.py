@@ -19,6 +19,7 @@ from serverlesslora.gateway.limits import HttpSettings
 from serverlesslora.gateway.metrics import Metrics
 from serverlesslora.gateway.openai import Usage
 from serverlesslora.gateway.sse import EventStream, SlowReader, event, while_connected
+from serverlesslora.gateway.tools.speech import Dialect
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class Opening(NamedTuple):
 
     created: int
     prompt_tokens: int
+    dialect: Dialect = Dialect()
 
 
 class Answer(Protocol):
@@ -64,7 +66,7 @@ class GenerationResponse(Response):
         self._stream = stream
         self._settings = settings
         self._on_end = on_end
-        self._record = metrics.record(requests[0].model)
+        self._record = metrics.record(backend.model(requests[0].model).name)  # `f@v3` counts for `f`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
@@ -88,7 +90,7 @@ class GenerationResponse(Response):
     async def _whole(self, call: Call, scope: Scope, send: Send) -> int:
         async with call:
             await call.started()
-            answer = self._make_answer(Opening(call.created, call.prompt_tokens))
+            answer = self._make_answer(Opening(call.created, call.prompt_tokens, call.dialect))
             async with aclosing(call.events()) as events:
                 async for prompt, each in events:
                     answer.add(prompt, each)
@@ -108,7 +110,7 @@ class GenerationResponse(Response):
             async with call:
                 await _patiently(call.started(), interval_s, stream.ping)
                 await stream.tell(headers_of(call))  # only now is it known how cold it was
-                answer = self._make_answer(Opening(call.created, call.prompt_tokens))
+                answer = self._make_answer(Opening(call.created, call.prompt_tokens, call.dialect))
                 async with aclosing(call.events()) as events:
                     # Only the wait for the first token can be long (a queue); after it a plain loop is cheaper.
                     await _send(stream, answer, await _patiently(_next(events), interval_s, stream.ping))
@@ -129,6 +131,8 @@ def headers_of(call: Call) -> dict[str, str]:
     headers = {"x-serverlesslora-cold": cold_header(call.cold)}
     if call.digest is not None:
         headers["x-serverlesslora-adapter"] = call.digest
+    if call.version is not None:
+        headers["x-serverlesslora-version"] = f"v{call.version}"
     return headers
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from serverlesslora.gateway.backend import RUNGS, Cold, Event, Generation, GenerationRequest, Models
 from serverlesslora.gateway.metrics import RequestRecord
+from serverlesslora.gateway.tools.speech import Dialect
 from serverlesslora_ipc.messages import Delta, Finished
 
 MERGE_AHEAD = 64  # events read ahead of a slow client when several generations are merged
@@ -22,6 +23,7 @@ class Call:
         self.created = int(time.time())
         self.finished: list[Finished] = []
         self.prompt_tokens = 0
+        self.dialect = Dialect()  # of the last generation; they are all of one function
         self._output_tokens = 0
         self._backend = backend
         self._requests = requests
@@ -48,6 +50,11 @@ class Call:
         return self._generations[0].digest if self._generations else None
 
     @property
+    def version(self) -> int | None:
+        """Of the function that answers; None for a backbone."""
+        return self._generations[0].version if self._generations else None
+
+    @property
     def cold(self) -> Cold:
         """Of the coldest generation: what this request waited for."""
         colds = [generation.cold for generation in self._generations] or [Cold()]
@@ -62,7 +69,9 @@ class Call:
 
     async def started(self) -> None:
         for generation in self._generations:
-            self.prompt_tokens += (await generation.started()).prompt_tokens
+            started = await generation.started()
+            self.prompt_tokens += started.prompt_tokens
+            self.dialect = Dialect(started.tool_format, started.reasoning_tags, started.reasoning_open)
         self._record.cold(self.cold)
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:
