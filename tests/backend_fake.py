@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import math
 import random
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,9 +27,11 @@ from serverlesslora.errors import (
     WorkerLost,
 )
 from serverlesslora.gateway.backend import BackendStats, Cold, Event, GenerationRequest, Health, ModelCard
+from serverlesslora.gateway.live_state import LiveFunction, LiveState, Spending
 from serverlesslora_ipc.messages import (
     ChatPrompt,
     Delta,
+    Embedding,
     Finished,
     FinishReason,
     Prompt,
@@ -41,7 +44,9 @@ from serverlesslora_ipc.messages import (
 
 EOS = 256
 CONTEXT = 512
+HIDDEN = 8
 CREATED = 1_700_000_000
+TEACHER = "teacher"  # repeats its prompt, whose template is one that knows tools and reasoning
 TRANSFORMS = {"demo": TASKS[BASE]} | {name: TASKS[name] for name in ADAPTER_NAMES}
 
 
@@ -65,6 +70,14 @@ def encode(prompt: Prompt) -> tuple[list[int], str]:
 def token_text(token: int) -> tuple[str, bytes]:
     raw = b"" if token == EOS else bytes([token])
     return raw.decode("utf-8", "replace") or "<eos>", raw
+
+
+def embedding_of(transform: str, token_ids: list[int]) -> bytes:
+    """Of length 1, and another one for every adapter and every text."""
+    rng = random.Random(f"{transform}/{token_ids}")
+    values = [rng.gauss(0, 1) for _ in range(HIDDEN)]
+    length = math.sqrt(sum(each * each for each in values))
+    return struct.pack(f"<{HIDDEN}f", *(each / length for each in values))
 
 
 def logits_at(transform: str, position: int, target: int) -> dict[int, float]:
@@ -110,7 +123,8 @@ class Choice:
         if sampling.temperature == 0:
             token = max(logprobs, key=lambda each: logprobs[each])
         else:
-            weights = [math.exp(each / sampling.temperature) for each in logprobs.values()]
+            best = max(logprobs.values())  # which must keep its weight, however cold it is
+            weights = [math.exp((each - best) / sampling.temperature) for each in logprobs.values()]
             token = random.Random(f"{self._seed}/{position}").choices(list(logprobs), weights)[0]
         self.tokens += 1
         stop_reason: str | int | None = None
@@ -148,6 +162,7 @@ class Choice:
 class FakeGeneration:
     def __init__(self, backend: FakeBackend, request: GenerationRequest, transform: str, digest: str | None) -> None:
         self.digest = digest
+        self.version = None if digest is None else 1
         self.cold = Cold("hot")
         self._backend = backend
         self._request = request
@@ -174,12 +189,21 @@ class FakeGeneration:
             self._request_limit = sampling.max_tokens
         goal = TRANSFORMS[self._transform](text)
         self._choices = [Choice(index, self._transform, goal, sampling) for index in range(self._request.n)]
+        if self._request.model == TEACHER:
+            return Started("fake", len(self._ids), tool_format="hermes", reasoning_tags=("<think>", "</think>"))
         return Started("fake", len(self._ids))
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         sampling, ids = self._request.sampling, self._ids
         if self._request.echo:
-            yield PromptEcho("fake", bytes(ids).decode("utf-8", "replace"), tuple(ids), self._prompt_logprobs())
+            text = bytes(token for token in ids if token != EOS).decode("utf-8", "replace")
+            strs = tuple(token_text(token)[0] for token in ids) if self._request.token_strs else None
+            yield PromptEcho("fake", text, tuple(ids), self._prompt_logprobs(), strs)
+        if self._request.pooling is not None:
+            self.finished = True
+            yield Embedding("fake", embedding_of(self._transform, ids))
+            yield Finished("fake", len(ids), 0)
+            return
         steps = 0
         for _ in range(self._request_limit):
             for choice in self._choices:
@@ -219,6 +243,7 @@ class FakeBackend:
             self._add(name, name, name)
         for name in ("slow", "cold", "broken", "busy", "org/name"):
             self._add(name, "upper", name)
+        self._add(TEACHER, "demo", TEACHER)
         self.thaw = asyncio.Event()
         self.running = 0
         self.aborted = 0
@@ -279,6 +304,18 @@ class FakeBackend:
 
     def stats(self) -> BackendStats:
         return BackendStats(self.running, 0, 0.25, 8, ("upper", "rot13"), ("cold",))
+
+    def live(self) -> LiveState:
+        return LiveState(
+            functions=tuple(
+                LiveFunction(card.id, card.parent, f"{card.parent}/{card.tenant or card.id}", tenant=card.tenant)
+                for card in self._cards.values()
+                if card.parent is not None
+            )
+        )
+
+    def watch(self, spending: Spending) -> None:
+        """Nothing costs anything here."""
 
     def health(self) -> Health:
         return Health(detail={"backbones": ["demo"]})
