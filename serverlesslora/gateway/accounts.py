@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from serverlesslora.errors import BudgetSpent
 from serverlesslora.gateway.backend import Rung
-from serverlesslora.gateway.registry import Target
+from serverlesslora.gateway.live_state import Spending
 from serverlesslora.metering.budgets import Budgets, rebuild
 from serverlesslora.metering.ledger import Ledger
 from serverlesslora.metering.prices import Prices
 from serverlesslora.metering.usage import RequestUsage, Residency, Status
+from serverlesslora.registry.functions import Target
 from serverlesslora_ipc.messages import Spent
 
 NOTHING = Spent()
@@ -104,6 +105,11 @@ class Accounts:
         self.clock = clock
         self.wall_clock = wall_clock
         self._budgets = budgets
+        self._watchers: list[Spending] = []
+
+    def watch(self, spending: Spending) -> None:
+        """It hears of every request's cost, and of memory as often as that is written down."""
+        self._watchers.append(spending)
 
     async def startup(self) -> None:
         """Raises ConfigError when the ledger cannot be used."""
@@ -141,7 +147,14 @@ class Accounts:
     def spend(self, usage: RequestUsage) -> None:
         if usage.tenant is not None:
             self._budgets.add(usage.tenant, self.prices.request_cost(usage), self.wall_clock())
+        if self._watchers:
+            money = self.prices.request_money(usage)
+            for each in self._watchers:
+                each.spent(usage.function, money.device, money.charged)
 
     def resident(self, rows: Sequence[Residency]) -> None:
         if rows:
             self.ledger.resident(rows)
+        for row in rows:
+            for each in self._watchers:
+                each.held(row.function or "", row.kind, row.byte_s, self.prices.holding_cost(row))

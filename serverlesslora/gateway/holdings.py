@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from serverlesslora.config import ServerConfig
 from serverlesslora.devices import DeviceKind
@@ -27,13 +28,28 @@ from serverlesslora.metering.usage import Residency
 from serverlesslora.scheduler.artifacts import Place
 from serverlesslora.scheduler.catalogue import adapter_id, backbone_id, worker_id
 from serverlesslora.scheduler.profile import Profile
-from serverlesslora_ipc.messages import StepSums
+from serverlesslora_ipc.messages import Stats, StepSums
 
 log = logging.getLogger("serverlesslora.memory")
 
 LOOK_EVERY_S = 5.0
 ITSELF = ""  # in the place of a digest: the worker of a bare backbone, which serves one name only
 OF_THE_MACHINE = 0.9  # what the server takes of it when nobody says how much
+
+
+class Counts(NamedTuple):
+    """What workers count from their start."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+    def plus(self, stats: Stats) -> Counts:
+        return Counts(
+            self.preemptions + stats.preemptions,
+            self.prefix_queries + stats.prefix_query_tokens,
+            self.prefix_hits + stats.prefix_hit_tokens,
+        )
 
 
 class Holdings:
@@ -60,6 +76,7 @@ class Holdings:
         self._watermark = config.watermark
         self._clock = clock
         self._meter = ResidencyMeter(clock=clock, wall_clock=wall_clock)
+        self.counts_of_gone = Counts()
         self._known_bytes: dict[str, int] = {}  # by domain: its worker with its KV
         self._needs: dict[str, tuple[str, ...]] = {}
         self._workers: Workers
@@ -250,3 +267,4 @@ class Holdings:
         """What its steps told is kept."""
         if link.stats is not None:
             self.measured.backbones[link.backbone].gone(link.stats.decode, link.stats.prefill)
+            self.counts_of_gone = self.counts_of_gone.plus(link.stats)
