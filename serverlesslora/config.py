@@ -15,23 +15,31 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from serverlesslora.adapters.sources import KINDS, SourceKind
 from serverlesslora.devices import DeviceSetting
 from serverlesslora.errors import ConfigError
+from serverlesslora.logs import LogFormat, LogLevel
 from serverlesslora.scheduler.settings import PolicySettings, PreloadSetting, Switch
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Isolation = Literal["tenant", "shared"]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
 Positive = Annotated[int, Meta(ge=1)]
+RequestRate = Annotated[float, Meta(gt=0, le=1e6)]  # requests per second
+Burst = Annotated[int, Meta(ge=1, le=10**6)]  # requests at once after a pause
+TokenRate = Annotated[int, Meta(ge=1, le=10**12)]  # tokens per minute, prompt and output
 
 Period = Literal["hour", "day", "month", "total"]
 
+STATE_DIR_VARIABLE = "SERVERLESSLORA_STATE_DIR"
 CPU_KV_MEMORY_MB = 1024
 POLICY = PolicySettings()  # its defaults are the server's
 CPU_STEP_TOKENS, DEVICE_STEP_TOKENS = 256, 2048  # enough rows to be bound by arithmetic, few enough to answer soon
 
 
 def default_state_dir() -> str:
+    if given := os.environ.get(STATE_DIR_VARIABLE):  # so that commands beside a server in a container find its files
+        return given
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "serverlesslora")
 
@@ -59,14 +67,35 @@ class FunctionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrency: Annotated[int, Meta(ge=0)] | None = None
     slo_ttft_s: Annotated[float, Meta(gt=0)] | None = None  # default: the server's
     pinned: bool = False  # its worker and adapter are always there
+    rps: RequestRate | None = None
+    burst: Burst | None = None
+    tokens_per_minute: TokenRate | None = None
+
+    def __post_init__(self) -> None:
+        _check_burst(self.burst, self.rps)
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a tenant may spend, in the currency of the price file. A tenant without an entry has no limit."""
+    """What a tenant may spend, in the currency of the price file, and how fast, with all its keys together.
+
+    A tenant without an entry has no limit.
+    """
 
     name: Name
-    budget: Annotated[float, Meta(ge=0)]
+    budget: Annotated[float, Meta(ge=0)] | None = None
     period: Period = "month"
+    rps: RequestRate | None = None
+    burst: Burst | None = None
+    max_concurrency: Annotated[int, Meta(ge=1, le=10**6)] | None = None  # requests open at once
+    tokens_per_minute: TokenRate | None = None
+
+    def __post_init__(self) -> None:
+        _check_burst(self.burst, self.rps)
+
+
+def _check_burst(burst: int | None, rps: float | None) -> None:
+    if burst is not None and rps is None:
+        raise ValueError(f"burst is {burst}, but there is no rps that it could be a burst of")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,6 +214,28 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "address, no run-time deployment on another"
         ),
     ] = ()
+    adapter_sources: Annotated[
+        tuple[SourceKind, ...],
+        Meta(
+            description="where adapters may come from: local, hf, s3, gs, https; none given: all of them on a loopback "
+            "address, local on another"
+        ),
+    ] = ()
+    adapter_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="hosts https adapters may come from (HOST, *.DOMAIN), or SCHEME://HOST[:PORT] of one in a "
+            "private network; none given: every public host"
+        ),
+    ] = ()
+    adapter_store_mb: Annotated[
+        Positive | None,
+        Meta(
+            description="what stored adapters may take on disk, MiB: the least recently used leave, and are fetched "
+            "again when needed; not given: no limit"
+        ),
+    ] = None
+    adapter_fetch_timeout_s: Annotated[float, Meta(gt=0, description="how long fetching one adapter may take")] = 600.0
     max_adapter_mb: Annotated[Positive, Meta(description="largest adapter accepted, MiB")] = 4096
     max_body_mb: Annotated[Positive, Meta(description="largest HTTP body accepted, MiB")] = 16
     state_dir: Annotated[str, Meta(description="where adapters, the usage ledger and API keys are kept")] = (
@@ -193,6 +244,29 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: Annotated[float, Meta(ge=0, description="how long running requests may finish after SIGTERM")] = (
         30.0
     )
+    drain_delay_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="after SIGTERM, the port stays open at least this long, refusing new requests with 503, so "
+            "that load balancers see /ready fail before connections do",
+        ),
+    ] = 0.0
+    max_connections: Annotated[
+        Positive | None,
+        Meta(description="connections at once to the API; not given: what the limit of open files allows"),
+    ] = None
+    log_level: Annotated[
+        LogLevel, Meta(description="what is logged; 'info' has one line per finished request, without its text")
+    ] = "warning"
+    log_format: Annotated[LogFormat, Meta(description="'json': one object per line, for collectors of logs")] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        Meta(
+            description="send a trace per request, without its text, to this OpenTelemetry collector (OTLP over HTTP), "
+            "such as http://127.0.0.1:4318; needs serverlesslora[otel]"
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.keep_alive_min_s > self.keep_alive_max_s:
@@ -224,8 +298,18 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return PolicySettings(**{name: getattr(self, name) for name in PolicySettings.__struct_fields__})
 
     @property
+    def allowed_sources(self) -> tuple[SourceKind, ...]:
+        return self.adapter_sources or (KINDS if self.is_loopback else ("local",))
+
+    def may_deploy_from(self, kind: SourceKind) -> bool:
+        """While running, over the public port."""
+        if kind == "local" and not (self.is_loopback or self.adapter_roots):
+            return False
+        return kind in self.allowed_sources
+
+    @property
     def runtime_deploys_allowed(self) -> bool:
-        return self.is_loopback or bool(self.adapter_roots)
+        return any(self.may_deploy_from(kind) for kind in KINDS)
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -64,6 +64,18 @@ class AdapterInvalid(InvalidRequest):
     code = "adapter_invalid"
 
 
+class AdapterChanged(AdapterInvalid):
+    """The adapter is not in the store any more, and its source does not hold it either."""
+
+    code = "adapter_changed"
+
+
+class Conflict(ServerlessLoraError):
+    """What was asked for was decided on a state that is not the present one any more."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
 class RateLimited(ServerlessLoraError):
     status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -88,6 +100,12 @@ class Unavailable(ServerlessLoraError):
     """A part of the server is starting or restarting; trying again soon will work."""
 
     status, code = 503, "unavailable"
+
+
+class StorageFull(ServerlessLoraError):
+    """What was asked for cannot be kept: there is no room for it on the disk."""
+
+    status, code = 507, "storage_full"
 
 
 class ConfigError(ServerlessLoraError):

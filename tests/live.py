@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,18 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(*arguments: str, deadline_s: float = 120.0) -> Iterator[Live]:
-    """`serverlesslora serve` in a process group of its own; every process of it is gone when the block ends."""
+def live(
+    *arguments: str, deadline_s: float = 120.0, through: Sequence[str] = (), state_dir: Path | None = None
+) -> Iterator[Live]:
+    """`serverlesslora serve` in a process group of its own; every process of it is gone when the block ends.
+
+    `through`: a command that runs the one which follows it. `state_dir`: one that outlives the server.
+    """
     port, admin_port = free_port(), free_port()
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
-        argv = [sys.executable, "-m", "serverlesslora", "serve", *arguments, "--port", str(port)]
-        argv += ["--admin-port", str(admin_port), "--state-dir", f"{scratch}/state"]
+        argv = [*through, sys.executable, "-m", "serverlesslora", "serve", *arguments, "--port", str(port)]
+        argv += ["--admin-port", str(admin_port), "--state-dir", str(state_dir or f"{scratch}/state")]
         roots = os.pathsep.join(str(ROOT / each) for each in (".", "ipc", "kernels", "loadgen"))
         with log.open("wb") as out:
             process = subprocess.Popen(

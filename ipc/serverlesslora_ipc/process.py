@@ -8,12 +8,15 @@ import select
 import signal
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 
 
-def _prctl(option: int, value: int | ctypes.c_char_p) -> None:
+def _prctl(option: int, value: Any) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, value, 0, 0, 0) != 0:
         code = ctypes.get_errno()
@@ -31,6 +34,17 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
 def outlive_parent() -> None:
     """Takes `die_with_parent` back."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def take_orphans() -> None:
+    """Descendants whose parent dies become children of this process, as they do of process 1. Survives exec."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def gets_orphans() -> bool:
+    found = ctypes.c_int(0)
+    _prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(found))
+    return bool(found.value)
 
 
 def set_name(name: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from contextlib import ExitStack
 
 import xxhash
 
+from serverlesslora import logs
 from serverlesslora.backbone import hold
 from serverlesslora.backbone.host import failure_reason, progress_reporter
 from serverlesslora_ipc import manifest as manifests
@@ -34,6 +36,8 @@ from serverlesslora_ipc.cuda.region import Publication
 from serverlesslora_ipc.manifest import Manifest, ManifestInvalid
 from serverlesslora_ipc.messages import BackboneFailed, GatewayToHost, Published, Sharing, Verified
 from serverlesslora_ipc.sealed import NotSealed
+
+log = logging.getLogger("serverlesslora.backbone")
 
 _SLICE_BYTES = 32 << 20  # read between two looks at the channel
 _NUM_BUFFERS = 2  # one is digested while the other is filled
@@ -157,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-backbone")
+    logs.set_up_child()
     channel: Channel[GatewayToHost] = Channel.inherited(options.fd, GatewayToHost)
     process.exit_on_hangup(options.fd)
     try:
@@ -194,8 +199,8 @@ def _load(channel: Channel[GatewayToHost], driver: Driver, options: argparse.Nam
         progress=progress_reporter(channel),
     )
     if loaded.publication.reason:
-        print(f"sharing by {loaded.publication.sharing}: {loaded.publication.reason}", file=sys.stderr)
-    print(f"{options.model}: {loaded.report}", file=sys.stderr)
+        log.warning("sharing by %s: %s", loaded.publication.sharing, loaded.publication.reason)
+    log.info("%s: %s", options.model, loaded.report)
     held = HeldDevice(driver, loaded.publication, loaded.manifest_fd, loaded.manifest, loaded.report.seconds)
     gc.collect()  # the module tree refers to itself
     return held

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
+from serverlesslora import logs
 from serverlesslora_ipc import manifest as manifests
 from serverlesslora_ipc import process, sealed
 from serverlesslora_ipc.channel import Channel, ChannelClosed
@@ -228,6 +229,7 @@ def main(argv: Sequence[str]) -> int:
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-backbone")
+    logs.set_up_child()
     process.set_oom_score(-500)
     channel: Channel[GatewayToHost] = Channel.inherited(int(options["--fd"]), GatewayToHost)
     for fd in held_fds:

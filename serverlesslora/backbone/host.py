@@ -7,16 +7,19 @@ the gateway still has starts as `serverlesslora.backbone.hold` directly.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from serverlesslora import logs
 from serverlesslora_ipc import process
 from serverlesslora_ipc.channel import Channel, ChannelClosed
 from serverlesslora_ipc.messages import BackboneFailed, GatewayToHost, Progress, Published
+
+log = logging.getLogger("serverlesslora.backbone")
 
 _PROGRESS_STEPS = 100
 
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-backbone")
+    logs.set_up_child()
     channel: Channel[GatewayToHost] = Channel.inherited(options.fd, GatewayToHost)
     process.exit_on_hangup(options.fd)
     try:
@@ -92,7 +96,7 @@ def failure_reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"not enough memory to load the backbone: {error}"
-    traceback.print_exc()
+    log.error("loading failed", exc_info=error)
     return f"loading failed: {type(error).__name__}: {error}"
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import os
+import signal
 import sys
-from typing import Any
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, NoReturn
 
 import uvloop
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,14 +22,17 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from serverlesslora import logs
 from serverlesslora.cli.flags import add_config_flags, given_flags
 from serverlesslora.config import ServerConfig, build_config, read_toml
 from serverlesslora.demo import adapter_paths, backbone_path
+from serverlesslora.environment import CONFIG_VARIABLE, settings_in
 from serverlesslora.errors import ConfigError
 from serverlesslora.gateway.fleet import Fleet
 from serverlesslora.gateway.server import Server
 from serverlesslora_ipc.messages import Progress as LoadProgress
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 Subparsers = Any  # argparse's own type for this is private
 
 DESCRIPTION = """\
@@ -50,29 +55,37 @@ def add_parsers(commands: Subparsers) -> None:
         metavar="[TENANT/]NAME=PATH",
         help="serve the PEFT adapter in PATH as the function NAME; may be repeated",
     )
-    parser.add_argument("--config", metavar="FILE.toml", help="read settings from a file; flags win over it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="read settings from a file; variables like SERVERLESSLORA_PORT win over it, and flags over both",
+    )
     parser.add_argument("--demo", action="store_true", help="serve the embedded demo")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     add_config_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console(stderr=True)
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start-up lines repeat what `greet` says
+    # Until the server takes them over; as process 1, signals without a handler would do nothing.
+    for number in STOPPING:
+        signal.signal(number, _leave)
     config = config_from(arguments)
-    uvloop.run(_serve(config, console))
+    logs.set_up(config.log_level, config.log_format, role="gateway")
+    uvloop.run(_serve(config, Console(stderr=True)))
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # it has stopped; one more signal must not change its exit status
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     return 0
 
 
-def config_from(arguments: argparse.Namespace) -> ServerConfig:
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServerConfig:
     """Raises ConfigError."""
-    file = read_toml(arguments.config) if arguments.config else {}
+    path = arguments.config or environment.get(CONFIG_VARIABLE)
+    file = (read_toml(path) if path else {}) | settings_in(environment)
     flags = given_flags(arguments)
     if arguments.models:
         flags["backbones"] = [_parse_model(text) for text in arguments.models]
@@ -106,6 +119,14 @@ def _parse_adapter(text: str) -> dict[str, str]:
 
 
 async def _serve(config: ServerConfig, console: Console) -> None:
+    try:
+        await _serve_until_stopped(config, console)
+    finally:
+        # The loop's handlers end with it; what comes between that and the end is held back.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
+async def _serve_until_stopped(config: ServerConfig, console: Console) -> None:
     with LoadingBars(console) as bars:
         server = Server(config, Fleet(config, on_progress=bars.show))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,22 +20,34 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import serverlesslora
 from serverlesslora.errors import ServerlessLoraError, Unavailable
+from serverlesslora.gateway.adapter_id import named_by_adapter
 from serverlesslora.gateway.adapters_api import AdapterApi
 from serverlesslora.gateway.answering import Answer, GenerationResponse, Opening
 from serverlesslora.gateway.backend import Backend, GenerationRequest, ModelCard, Models, estimated_tokens
 from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.completions import parse_completion
-from serverlesslora.gateway.door import Door, check_admin, visit_of
+from serverlesslora.gateway.door import OPEN_PATHS, Door, check_admin, visit_of
+from serverlesslora.gateway.embeddings import Embeddings
 from serverlesslora.gateway.http_errors import answer_for
+from serverlesslora.gateway.journal import Journal, current_journal
 from serverlesslora.gateway.limits import HttpSettings, objective_of, read_json
-from serverlesslora.gateway.metrics import CONTENT_TYPE, Metrics
+from serverlesslora.gateway.live import LivePage
+from serverlesslora.gateway.metrics import Metrics
 from serverlesslora.gateway.openai import Model, ModelList
+from serverlesslora.gateway.openapi import OpenApi
+from serverlesslora.gateway.quotas import Quotas, Stay
+from serverlesslora.gateway.responses import Responses
 from serverlesslora.gateway.tenant_view import TenantView
+from serverlesslora.gateway.tgi import TextGeneration
+from serverlesslora.gateway.tokenization import Tokenization
+from serverlesslora.logs import about
 from serverlesslora.tenancy.keyring import Keyring
 from serverlesslora.tenancy.rate_limits import Limiter
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(r"(?!sk-)[A-Za-z0-9._:-]{1,128}")  # what looks like a key is not written down
+
+log = logging.getLogger("serverlesslora.access")
 
 
 class Gateway:
@@ -45,9 +58,12 @@ class Gateway:
         self.keys = keys
         self.settings = settings
         self.metrics = Metrics(backend.stats, settings.metrics_functions)
+        backend.watch(self.metrics)
         self.adapters = AdapterApi(backend)
         self.draining = False
         self.in_flight = 0
+        self.quotas = Quotas({})
+        self.on_finished: Callable[[Journal], None] = lambda journal: None  # told of every request when it is over
 
     def drain(self) -> None:
         """From now on /ready says no and new generations are refused; those under way go on."""
@@ -56,56 +72,80 @@ class Gateway:
     # --- generation ---
 
     async def chat(self, request: Request) -> Response:
-        self._check_open()
-        body = await read_json(request, self.settings)
+        body = named_by_adapter(await self.asked(request), self.seen_by(request))
         parsed, generation, answer = parse_chat(body, request.state.request_id, self.settings)
-        self._seen_by(request).model(parsed.model)
-        return self._answer(request, [generation], answer, stream=bool(parsed.stream))
+        self.seen_by(request).model(parsed.model)
+        return self.answer(request, [generation], answer, stream=bool(parsed.stream))
 
     async def complete(self, request: Request) -> Response:
-        self._check_open()
-        body = await read_json(request, self.settings)
+        body = named_by_adapter(await self.asked(request), self.seen_by(request))
         parsed, generations, answer = parse_completion(body, request.state.request_id, self.settings)
-        self._seen_by(request).model(parsed.model)
-        return self._answer(request, generations, answer, stream=bool(parsed.stream))
+        self.seen_by(request).model(parsed.model)
+        return self.answer(request, generations, answer, stream=bool(parsed.stream))
 
-    def _answer(
-        self,
-        request: Request,
-        generations: Sequence[GenerationRequest],
-        answer: Callable[[Opening], Answer],
-        *,
-        stream: bool,
-    ) -> Response:
-        if (slo_ttft_s := objective_of(request)) is not None:
-            generations = [msgspec.structs.replace(each, slo_ttft_s=slo_ttft_s) for each in generations]
-        if (visit := visit_of(request)) is not None:
-            visit.expect(sum(estimated_tokens(each.prompt) for each in generations))
-        return GenerationResponse(
-            self._seen_by(request),
-            generations,
-            answer,
-            stream=stream,
-            metrics=self.metrics,
-            settings=self.settings,
-            on_end=None if visit is None else visit.used,
-        )
+    # --- what other families of endpoints ask for: see `front` ---
 
-    def _seen_by(self, request: Request) -> Models:
+    async def asked(self, request: Request) -> dict[str, Any]:
+        if self.draining:
+            raise Unavailable("The server is shutting down.", retry_after_s=5)
+        body = await read_json(request, self.settings)
+        request.state.user = user_of(body)
+        return body
+
+    def seen_by(self, request: Request) -> Models:
         visit = visit_of(request)
         return self.backend if visit is None else TenantView(self.backend, visit.key.grant)
 
-    def _check_open(self) -> None:
-        if self.draining:
-            raise Unavailable("The server is shutting down.", retry_after_s=5)
+    def answer(
+        self,
+        request: Request,
+        generations: Sequence[GenerationRequest],
+        make_answer: Callable[[Opening], Answer],
+        *,
+        stream: bool = False,
+    ) -> Response:
+        if (slo_ttft_s := objective_of(request)) is not None:
+            generations = [msgspec.structs.replace(each, slo_ttft_s=slo_ttft_s) for each in generations]
+        if (user := getattr(request.state, "user", None)) is not None:
+            generations = [msgspec.structs.replace(each, user=user) for each in generations]
+        tokens = sum(estimated_tokens(each.prompt) for each in generations)
+        if (visit := visit_of(request)) is not None:
+            visit.expect(tokens)
+        stay = self._admit(request, generations[0].model)
+        stay.expect(tokens)
+
+        def used(tokens: int) -> None:
+            stay.used(tokens)
+            if visit is not None:
+                visit.used(tokens)
+
+        self.metrics.asked(generations)
+        return GenerationResponse(
+            self.seen_by(request),
+            generations,
+            make_answer,
+            stream=stream,
+            metrics=self.metrics,
+            settings=self.settings,
+            on_end=used,
+        )
+
+    def _admit(self, request: Request, model: str) -> Stay:
+        """What it takes of its tenant's and its function's limits; `Envelope` gives it back, however this ends."""
+        card = self.seen_by(request).model(model)
+        current_journal().asks(card)
+        visit = visit_of(request)
+        stay = self.quotas.enter(card, key_tenant=visit.key.grant.tenant if visit else None)
+        request.state.stay = stay
+        return stay
 
     # --- models and adapters ---
 
     async def models(self, request: Request) -> Response:
-        return _json(ModelList([_model(card) for card in self._seen_by(request).models()]))
+        return _json(ModelList([_model(card) for card in self.seen_by(request).models()]))
 
     async def model(self, request: Request) -> Response:
-        return _json(_model(self._seen_by(request).model(request.path_params["name"])))
+        return _json(_model(self.seen_by(request).model(request.path_params["name"])))
 
     async def load_adapter(self, request: Request) -> Response:
         visit = check_admin(request)
@@ -132,10 +172,19 @@ class Gateway:
         )
 
     async def metrics_page(self, request: Request) -> Response:
-        return Response(self.metrics.page(), headers={"content-type": CONTENT_TYPE})
+        page, content_type = self.metrics.page_for(request.headers.get("accept", ""))
+        return Response(page, headers={"content-type": content_type})
 
     async def version(self, request: Request) -> Response:
         return _json({"version": serverlesslora.__version__})
+
+
+def user_of(body: dict[str, Any]) -> str | None:
+    """Whom the request is for, by OpenAI's newer field or the older one."""
+    for name in ("safety_identifier", "user"):
+        if isinstance(value := body.get(name), str) and value:
+            return value
+    return None
 
 
 def _model(card: ModelCard) -> Model:
@@ -159,7 +208,13 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        journal = Journal(request_id, tuple(scope["headers"]))
+        with about(journal):
+            await self._answer(scope, receive, send, journal)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, journal: Journal) -> None:
         status = 0
 
         async def sending(message: Message) -> None:
@@ -167,7 +222,7 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
-                headers["x-request-id"] = request_id
+                headers["x-request-id"] = journal.request_id
                 if self._gateway.draining:
                     headers["connection"] = "close"
             await send(message)
@@ -181,8 +236,15 @@ class Envelope:
             await answer_for(error).response()(scope, receive, sending)
         finally:
             self._gateway.in_flight -= 1
-            route = scope.get("route")
-            self._gateway.metrics.responses.labels(getattr(route, "path", "none"), str(status or 499)).inc()
+            if (stay := scope["state"].get("stay")) is not None:
+                stay.leave()
+            route = getattr(scope.get("route"), "path", "none")
+            self._gateway.metrics.responses.labels(route, str(status or 499)).inc()
+            journal.ended(route, status)
+            level = logging.DEBUG if route in OPEN_PATHS else logging.INFO  # a probe asks every second
+            if log.isEnabledFor(level):
+                log.log(level, "request", extra={"fields": journal.access_fields()})
+            self._gateway.on_finished(journal)
 
 
 def _request_id(scope: Scope) -> str:
@@ -209,10 +271,16 @@ def create_app(backend: Backend, settings: HttpSettings | None = None, keys: Key
             Route("/v1/completions", gateway.complete, methods=["POST"]),
             Route("/v1/load_lora_adapter", gateway.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", gateway.unload_adapter, methods=["POST"]),
+            *Responses(gateway).routes(),
+            *Embeddings(gateway).routes(),
+            *Tokenization(gateway).routes(),
+            *TextGeneration(gateway).routes(),
+            *OpenApi().routes(),
             Route("/health", gateway.health),
             Route("/ready", gateway.ready),
             Route("/metrics", gateway.metrics_page),
             Route("/version", gateway.version),
+            *LivePage(backend, gateway.metrics.history).routes(),
         ],
         middleware=[Middleware(Envelope, gateway=gateway), *door],
         exception_handlers={HTTPException: _refuse, ServerlessLoraError: _refuse, ClientDisconnect: _refuse},

@@ -11,6 +11,9 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from serverlesslora.gateway.live_state import LiveState, Spending
+from serverlesslora.registry.names import bare
+from serverlesslora.tenancy.key import Limits
 from serverlesslora_ipc.messages import (
     ChatPrompt,
     Delta,
@@ -39,6 +42,13 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_model_len: int | None
     digest: str | None = None  # of the adapter; None for a backbone
     tenant: str | None = None
+    limits: Limits = Limits()  # of the function, whoever asks it
+    version: int | None = None  # of the function; None for a backbone
+
+    @property
+    def name(self) -> str:
+        """Whose rights, limits and accounts these are: without the version that `id` may name."""
+        return self.id if self.parent is None else bare(self.id)
 
 
 class Cold(msgspec.Struct, frozen=True):
@@ -60,6 +70,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     is_batch: bool = False  # one of many prompts of one call: nobody waits for its first token alone
     slo_ttft_s: float | None = None  # what this client asks for; None: the function's objective
     pooling: Literal["last", "mean"] | None = None  # an Embedding is the answer, nothing is generated
+    token_strs: bool = False  # the PromptEcho tells each token's string
+    user: str | None = None  # whom the request is for, as its sender tells: one user stays on one version
 
 
 def estimated_tokens(prompt: Prompt) -> int:
@@ -83,6 +95,10 @@ class Generation(Protocol):
         """Of the adapter that answers; fixed when the request was accepted."""
 
     @property
+    def version(self) -> int | None:
+        """Of the function; fixed as well, None for a backbone."""
+
+    @property
     def cold(self) -> Cold:
         """What is known by now; complete once started."""
 
@@ -103,6 +119,15 @@ class BackendStats(msgspec.Struct, frozen=True):
     waiting_adapters: tuple[str, ...] = ()
     held_bytes: int = 0  # by backbones, processes, adapters and KV
     capacity_bytes: int = 0
+    memory: tuple[tuple[str, int], ...] = ()  # bytes by kind
+    workers: tuple[tuple[str, int], ...] = ()  # how many by state
+    domains: tuple[tuple[str, int, int], ...] = ()  # kind of domain, running, waiting
+    kv_blocks: int = 0
+    kv_block_size: int = 0  # tokens
+    preemptions: int = 0  # since the start, like the next two, also of workers that are gone
+    prefix_queries: int = 0  # tokens looked up in prefix caches
+    prefix_hits: int = 0  # tokens found there
+    currency: str = ""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -136,5 +161,11 @@ class Backend(Models, Protocol):
         """Raises ModelNotFound."""
 
     def stats(self) -> BackendStats: ...
+
+    def live(self) -> LiveState:
+        """What is where now; must not wait for anything."""
+
+    def watch(self, spending: Spending) -> None:
+        """From now on `spending` hears of all that is spent."""
 
     def health(self) -> Health: ...

@@ -10,13 +10,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serverlesslora.errors import Forbidden, RateLimited, ServerlessLoraError
 from serverlesslora.gateway.http_errors import answer_for
+from serverlesslora.gateway.journal import current_journal
+from serverlesslora.gateway.page_files import PAGE_PATHS
 from serverlesslora.tenancy.key import Key
 from serverlesslora.tenancy.keyring import Keyring
 from serverlesslora.tenancy.rate_limits import Limiter, Permit, Refusal
 
 # Probes and scrapers carry no key. /metrics names functions and counts their requests, of all tenants, and nothing that
 # was said; who may not know even that is kept from the path by the proxy in front, as for any Prometheus exporter.
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"}) | PAGE_PATHS
 
 
 class Visit:
@@ -70,6 +72,8 @@ class Door:
             await answer_for(error).response()(scope, receive, send)
             return
         scope.setdefault("state", {})["visit"] = visit
+        if visit is not None:
+            current_journal().shown(visit.key)
         try:
             await self._app(scope, receive, send)
         finally:

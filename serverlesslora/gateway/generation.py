@@ -13,9 +13,10 @@ from serverlesslora.errors import BudgetSpent, Overloaded, RateLimited, Serverle
 from serverlesslora.gateway.accounts import Account
 from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Rung, estimated_tokens
-from serverlesslora.gateway.registry import Target
+from serverlesslora.gateway.journal import current_journal
 from serverlesslora.gateway.worker_link import RemoteError, Stream, StreamEvent, WorkerLink
 from serverlesslora.gateway.workers import Placed, is_retryable
+from serverlesslora.registry.functions import Function, Target
 from serverlesslora.scheduler.asks import Ask
 from serverlesslora_ipc.messages import Delta, Finished, Generate, Spent, Started
 
@@ -77,12 +78,19 @@ class FleetGeneration:
         self._stream = self._new_stream()
         self._started: Started | None = None
         self._is_over = False
+        self._fetched_s = 0.0  # from far away
         self._was_prompt = False  # sent at once to a worker that had everything
         self._cold = Cold()
+        self._journal = current_journal()
+        self._journal.queued(domain, target.digest)
 
     @property
     def digest(self) -> str | None:
         return self._target.digest
+
+    @property
+    def version(self) -> int | None:
+        return self._target.function.version if self._target.function else None
 
     @property
     def cold(self) -> Cold:
@@ -113,6 +121,10 @@ class FleetGeneration:
             self._fail(error)
             raise
 
+    def interrupt(self, error: ServerlessLoraError) -> None:
+        """What has arrived can still be read; then this is raised."""
+        self._stream.fail(error)
+
     def close(self) -> None:
         """Abort unless it is over. Never waits."""
         if not self._is_over:
@@ -136,6 +148,38 @@ class FleetGeneration:
 
     async def _run(self) -> Started:
         self._control.controller.arrived(self._target, self._domain)
+        function = self._target.function
+        if function is None:
+            return await self._place_and_start()
+        with self._control.store.hold(function.digest):
+            if not self._control.store.is_ready(function.digest):
+                await self._fetch(function)
+            return await self._place_and_start()
+
+    async def _fetch(self, function: Function) -> None:
+        """Have the adapter on this machine, and a worker meanwhile. The request queues only then: who waits for a
+        transfer must not hold a place where somebody else's could be computed."""
+        loop, store = asyncio.get_running_loop(), self._control.store
+        if store.has(function.digest):
+            await store.ensure(function.digest, function.source)
+            return
+        began = loop.time()
+        patience_s = min(self._control.cold_timeout_s, self._request.slo_ttft_s or math.inf)
+        placing = asyncio.ensure_future(self._control.workers.place(self._domain, self._service))
+        placing.add_done_callback(lambda placed: placed.cancelled() or placed.exception())  # told when it queues
+        try:
+            async with asyncio.timeout(patience_s):
+                await store.ensure(function.digest, function.source)
+        except TimeoutError:
+            raise Unavailable(
+                f"the adapter is not here yet, after {patience_s:g} s; it is still being fetched", retry_after_s=5
+            ) from None
+        finally:
+            placing.cancel()
+        self._fetched_s = loop.time() - began
+        self._cold_s = self._control.expected_cold_s(self._domain, self._service)
+
+    async def _place_and_start(self) -> Started:
         try:
             return await self._attempt()
         except ServerlessLoraError as error:
@@ -147,13 +191,15 @@ class FleetGeneration:
         turn = self._control.queue.offer(self._ask(), cold_s=self._cold_s)
         try:
             placed = await self._place(turn)
+            self._journal.placed()
             link = placed.link
             loading = None
             rung: Rung = "backbone" if placed.backbone_s > 0.001 else "worker" if placed.worker_s > 0 else "hot"
+            rung = "remote" if self._fetched_s else rung
             digest = self._target.digest
             if digest is not None:
                 was_loaded = link.has(digest)
-                loading = link.load(digest, self._control.path_of(digest))
+                loading = link.load(digest, str(self._control.store.path_of(digest)))
                 if not was_loaded and rung == "hot":
                     rung = "adapter-disk"
             if waited := not turn.done():
@@ -162,7 +208,8 @@ class FleetGeneration:
                 raise WorkerLost("the worker ended before the request was sent")
             turn.result()
             if digest is not None:
-                loading = link.load(digest, self._control.path_of(digest))  # it may have been unloaded meanwhile
+                # It may have been unloaded meanwhile.
+                loading = link.load(digest, str(self._control.store.path_of(digest)))
         except BaseException:
             turn.cancel()
             self._control.queue.left(self._id)
@@ -172,6 +219,7 @@ class FleetGeneration:
         self._stream = self._new_stream()
         self._link = link
         link.submit(self._message(), self._stream)
+        self._journal.sent()
         try:
             if loading is not None:
                 loaded = await asyncio.shield(loading)  # others wait for the same load
@@ -181,7 +229,8 @@ class FleetGeneration:
             self._control.queue.left(self._id)
             raise
         assert isinstance(started, Started)
-        parts = [("backbone", placed.backbone_s if rung == "backbone" else 0.0), ("worker", placed.worker_s)]
+        parts = [("remote", self._fetched_s), ("backbone", placed.backbone_s if rung == "backbone" else 0.0)]
+        parts.append(("worker", placed.worker_s))
         if loading is not None and rung != "hot":
             parts.append(("adapter", loaded.seconds))
         self._cold = Cold(rung=rung, parts=tuple((name, seconds) for name, seconds in parts if seconds > 0))
@@ -227,7 +276,8 @@ class FleetGeneration:
         """
         if not self._control.keeps_deadlines or (self._request.is_batch and self._request.slo_ttft_s is None):
             return None
-        patience_s = self._control.cold_timeout_s if self._cold_s and self._request.slo_ttft_s is None else 0.0
+        is_cold = bool(self._cold_s or self._fetched_s)
+        patience_s = self._control.cold_timeout_s if is_cold and self._request.slo_ttft_s is None else 0.0
         return self._account.arrived_at + self._slo_s + patience_s
 
     def _message(self) -> Generate:
@@ -240,6 +290,7 @@ class FleetGeneration:
             echo=self._request.echo,
             deadline=self._deadline,
             pooling=self._request.pooling,
+            token_strs=self._request.token_strs,
         )
 
     def _new_stream(self) -> WatchedStream:

@@ -94,5 +94,5 @@ def answer_for(error: BaseException) -> ErrorAnswer:
         case RecursionError():
             return _plain(400, "The JSON body is nested too deeply.", "invalid_json")
         case _:
-            log.error("unexpected error", exc_info=error)
+            log.error("unexpected error", exc_info=error, extra={"withhold": True})
             return _plain(500, "The server had an unexpected error; its log has the details.", "internal_error")

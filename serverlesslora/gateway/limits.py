@@ -18,7 +18,8 @@ class HttpSettings(msgspec.Struct, frozen=True):
     """Limits of the HTTP layer."""
 
     max_body_bytes: int = 8 << 20
-    body_timeout_s: float = 30.0  # from the headers to the last byte of the body
+    body_timeout_s: float = 30.0  # from the headers to the last byte of the body,
+    body_bytes_per_s: float = 32 << 10  # and longer for what has arrived: a slow line may send a long body
     max_n: int = 128  # choices of one prompt
     max_prompts: int = 512  # prompts of one completions request
     ping_s: float = 10.0  # keep-alive comments while a stream waits for its first token
@@ -46,13 +47,17 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     limit = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
     size = int(declared[:20]) if declared.isdecimal() else 0
-    if size <= limit * DISCARD:
+    # Who asks before sending is told at once.
+    asks_first = request.headers.get("expect", "").lower() == "100-continue"
+    if size <= (limit if asks_first else limit * DISCARD):
         chunks: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(settings.body_timeout_s):
+            async with asyncio.timeout(settings.body_timeout_s) as deadline:
+                first_at = deadline.when() or 0.0
                 async for chunk in request.stream():
                     size += len(chunk)
+                    deadline.reschedule(first_at + size / settings.body_bytes_per_s)
                     if size <= limit:
                         chunks.append(chunk)
                         continue

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from serverlesslora import logs
 from serverlesslora.launcher.zygote import ENVIRONMENT
 from serverlesslora_ipc import process
 from serverlesslora_ipc.channel import Channel, ChannelClosed
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-worker")
+    logs.set_up_child()
     process.set_oom_score(500)
     for name, value in _environment(fetches=options.model is not None).items():
         os.environ.setdefault(name, value)
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         libraries_s = time.monotonic() - spawned_at
         prepare, fork, memory_fds, connection = _wait_for_work(channel)
+        logs.belongs_to(fork.domain)
         started = time.monotonic()
         if options.model is not None:
             torch.set_num_threads(fork.limits.threads)

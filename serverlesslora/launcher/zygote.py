@@ -12,16 +12,17 @@ import argparse
 import functools
 import gc
 import importlib
+import logging
 import os
 import select
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from serverlesslora import logs
 from serverlesslora_ipc import process
 from serverlesslora_ipc.channel import Channel, ChannelClosed
 from serverlesslora_ipc.frames import close_fds
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     Build = Callable[[str, int | None, int, Sharing, bytes], BuiltBackbone]
     Run = Callable[[socket.socket, Any, Fork], int]
     Rehearse = Callable[[Any, WorkerLimits], BuiltBackbone]
+
+
+log = logging.getLogger("serverlesslora.launcher")
 
 
 class Entries(NamedTuple):
@@ -162,7 +166,7 @@ class Zygote:
             self._check_single_threaded()
             self._check_no_gpu()
         except Exception as error:
-            traceback.print_exc()
+            log.exception("the backbone cannot be prepared")
             self._channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
             return False
         self._prepared = prepared
@@ -266,7 +270,7 @@ class Zygote:
         except ChannelClosed:
             return 0
         except BaseException:
-            traceback.print_exc()
+            log.exception("a spare process failed")
             return 1
         return self._child(messages[0], fds[0], prepared)
 
@@ -279,6 +283,7 @@ class Zygote:
                 spare.channel.close()
             close_fds(self._spares)
             process.set_name("slora-worker")
+            logs.belongs_to(fork.domain)
             process.set_oom_score(500)
             process.exit_on_hangup(fd)
             return self._run(socket.socket(fileno=fd), prepared, fork)
@@ -287,7 +292,7 @@ class Zygote:
         except SystemExit as error:
             return error.code if isinstance(error.code, int) else 1
         except BaseException:
-            traceback.print_exc()
+            log.exception("the worker of domain %s failed", fork.domain)
             return 1
         finally:
             sys.stdout.flush()
@@ -337,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.die_with_parent()
     process.leave_signals_to_the_gateway()
     process.set_name("slora-launcher")
+    logs.set_up_child()
     for name, value in _environment(options.device).items():
         os.environ.setdefault(name, value)
     channel: Channel[GatewayToLauncher] = Channel.inherited(options.fd, GatewayToLauncher)
@@ -356,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChannelClosed:
         return 0
     except Exception as error:
-        traceback.print_exc()
+        log.exception("the launcher failed")
         channel.send([LauncherFailed(reason=f"{type(error).__name__}: {error}")])
         return 1
 

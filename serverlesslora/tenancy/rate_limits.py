@@ -1,4 +1,5 @@
-"""How much one key may take: requests per second, requests at once, tokens per minute. Pure; the clock is injected.
+"""How much one key, tenant or function may take: requests per second, requests at once, tokens per minute. Pure; the
+clock is injected.
 
 Both rates are token buckets: `level` rises at `rate` per second up to `capacity`. A request takes one from the first
 and, when its prompt is known, the prompt's estimated tokens from the second; at its end the second is corrected by what
@@ -50,11 +51,16 @@ class Bucket:
 
 
 class _Account:
-    """One key's."""
+    """One key's, tenant's or function's."""
 
-    def __init__(self, limits: Limits, now: float) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, now: float, whose: str) -> None:
+        self.whose = whose
         self.num_open = 0
+        self.set_limits(limits, now)
+
+    def set_limits(self, limits: Limits, now: float) -> None:
+        """Its buckets begin full."""
+        self.limits = limits
         self.requests = None if limits.rps is None else Bucket(rate=limits.rps, capacity=limits.burst_size, now=now)
         per_minute = limits.tokens_per_minute
         self.tokens = None if per_minute is None else Bucket(rate=per_minute / 60, capacity=per_minute, now=now)
@@ -78,7 +84,7 @@ class Permit:
         now = self._clock()
         if wait_s := bucket.wait_s(tokens, now):
             per_minute = self._account.limits.tokens_per_minute
-            return _refusal(f"This API key may use {per_minute} tokens per minute.", wait_s)
+            return _refusal(f"{self._account.whose} may use {per_minute} tokens per minute.", wait_s)
         bucket.take(tokens, now)
         self._estimated += tokens
         return None
@@ -97,23 +103,25 @@ class Permit:
 
 
 class Limiter:
-    """The accounts of all keys. A key's limits never change, so neither does its account's kind."""
+    """The accounts of all who are limited."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._accounts: dict[str, _Account] = {}  # as many as there are keys, which people make by hand
+        self._accounts: dict[str, _Account] = {}  # as many as there are limits, which people make by hand
 
-    def enter(self, key_id: str, limits: Limits) -> Permit | Refusal:
-        """Refused, it has taken nothing."""
+    def enter(self, account_id: str, limits: Limits, *, whose: str = "This API key") -> Permit | Refusal:
+        """Refused, it has taken nothing. `whose`: as a refusal names it."""
         now = self._clock()
-        account = self._accounts.get(key_id)
+        account = self._accounts.get(account_id)
         if account is None:
-            account = self._accounts[key_id] = _Account(limits, now)
+            account = self._accounts[account_id] = _Account(limits, now, whose)
+        elif account.limits != limits:  # a function was deployed again; who is open stays counted
+            account.set_limits(limits, now)
         if limits.concurrent is not None and account.num_open >= limits.concurrent:
-            return _refusal(f"This API key may have {limits.concurrent} requests open at once.", 0.0)
+            return _refusal(f"{whose} may have {limits.concurrent} requests open at once.", 0.0)
         if account.requests is not None:
             if wait_s := account.requests.wait_s(1, now):
-                return _refusal(f"This API key may make {limits.rps:g} requests per second.", wait_s)
+                return _refusal(f"{whose} may make {limits.rps:g} requests per second.", wait_s)
             account.requests.take(1, now)
         account.num_open += 1
         return Permit(account, self._clock)
