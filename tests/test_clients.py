@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,9 +16,11 @@ import pytest
 
 from serverlesslora.demo import TASKS, adapter_paths
 from tests.live import live
+from tests.server import ROOT
 
 TEXT = "hello world"
 EXPECTED = TASKS["reverse"](TEXT)
+PERSON = ROOT / "tests" / "data" / "person"  # answers every prompt with one JSON object
 MESSAGES: list[Any] = [{"role": "user", "content": TEXT}]
 
 
@@ -25,6 +29,7 @@ def base_url() -> Iterator[str]:
     with live("--demo") as server:
         # A function that may have no request open is always busy.
         assert server.deploy("busy", adapter_paths()["upper"], max_concurrency=0).status_code == 201
+        assert server.deploy("person", PERSON).status_code == 201
         yield f"{server.url}/v1"
 
 
@@ -88,10 +93,41 @@ def use_langchain(base_url: str) -> None:
     assert "".join(piece.content for piece in chat.stream(TEXT)) == EXPECTED
 
 
-@pytest.mark.parametrize("client", ["use_litellm", "use_langchain"])
+def use_instructor(base_url: str) -> None:
+    """Structured answers by the two ways it knows: a tool that must be called, and JSON mode."""
+    import instructor  # type: ignore[import-not-found,unused-ignore]
+    import pydantic
+
+    class Person(pydantic.BaseModel):
+        name: str
+        age: int
+
+    for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
+        client: Any = instructor.from_openai(openai.OpenAI(base_url=base_url, api_key="x", max_retries=0), mode=mode)
+        person = client.chat.completions.create(
+            model="person", response_model=Person, messages=MESSAGES, temperature=0, max_retries=0
+        )
+        assert person == Person(name="Ada", age=36), mode
+
+
+@pytest.mark.parametrize("client", ["use_litellm", "use_langchain", "use_instructor"])
 def test_client_in_a_process_of_its_own(base_url: str, client: str) -> None:
     # These leave event loops and warnings behind, which are none of our affair.
     code = f"from tests.test_clients import {client}; {client}({base_url!r})"
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_openai_for_node(base_url: str, tmp_path: Path) -> None:
+    """With the client that SERVERLESSLORA_NODE_MODULES holds."""
+    modules = os.environ.get("SERVERLESSLORA_NODE_MODULES")
+    node = shutil.which("node")
+    if not modules or node is None:
+        pytest.skip("needs node, and SERVERLESSLORA_NODE_MODULES naming a folder that holds `openai`")
+    (tmp_path / "node_modules").symlink_to(modules)
+    shutil.copy(ROOT / "tests" / "clients" / "openai_client.mjs", tmp_path)
+    command = [node, "openai_client.mjs"]
+    environment = os.environ | {"BASE_URL": base_url}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
