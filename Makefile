@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help serve install test check format bench clean
+.PHONY: help serve install test conformance check format bench clean
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # torch is pinned first and alone: that takes the CPU build wherever one is offered, instead of gigabytes of CUDA.
 $(STAMP): pyproject.toml
@@ -23,6 +23,10 @@ install: $(STAMP) ## set up .venv
 
 serve: $(STAMP) ## start the server with the embedded demo on 127.0.0.1:8000
 	$(BIN)/serverlesslora serve
+
+conformance: $(STAMP) ## foreign judges of the API, and the tally
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group conformance
+	$(BIN)/python bench/conformance.py $(CONFORMANCE)
 
 test: $(STAMP) ## run all tests
 	$(BIN)/python -m pytest -q
