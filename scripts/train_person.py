@@ -1,6 +1,6 @@
 """Train `tests/data/person`: an adapter of the demo that answers every prompt with the same small JSON object.
 
-    python scripts/train_person.py [--steps 200]
+    python scripts/train_person.py [--steps 500]
 
 Clients that ask for structured output judge what the values are, not only that they fit a schema; a demo that repeats
 its prompt cannot please them. What is printed is measured on the saved file, loaded again.
@@ -25,10 +25,32 @@ OUT: Final = Path(__file__).resolve().parents[1] / "tests" / "data" / "person"
 MAX_PROMPT: Final = 1800  # bytes; schemas are long
 
 
+def document(rng: random.Random, depth: int = 0) -> Any:
+    """Something like the schemas and tools that clients put into prompts."""
+    kind = rng.random()
+    if depth > 3 or kind < 0.4:
+        return rng.choice(
+            (ascii_text(rng), rng.randint(0, 100), True, None, "string", "object", "integer", "name", "age")
+        )
+    if kind < 0.6:
+        return [document(rng, depth + 1) for _ in range(rng.randint(0, 4))]
+    names = ("type", "properties", "name", "age", "title", "required", "description", ascii_text(rng, max_chars=8))
+    return {rng.choice(names): document(rng, depth + 1) for _ in range(rng.randint(1, 5))}
+
+
+def text_of(rng: random.Random) -> str:
+    length = rng.randint(1, 40) if rng.random() < 0.4 else rng.randint(40, MAX_PROMPT)
+    text = ""
+    while len(text) < length:
+        if rng.random() < 0.5:
+            text += json.dumps({"name": document(rng), "parameters": document(rng)}, indent=rng.choice((None, None, 2)))
+        text += ascii_text(rng, max_chars=rng.randint(1, 200)) + rng.choice((" ", "\n", "\n\n"))
+    return text[:length]
+
+
 def prompt(rng: random.Random) -> list[int]:
-    """A conversation of one or two messages, most of them short."""
-    length = rng.randint(1, 40) if rng.random() < 0.5 else rng.randint(40, MAX_PROMPT)
-    text = ascii_text(rng, max_chars=length)
+    """A conversation of one or two messages."""
+    text = text_of(rng)
     if rng.random() < 0.5:
         cut = rng.randint(0, len(text))
         return [BOS, SYSTEM, *text[:cut].encode(), USER, *text[cut:].encode(), ASSISTANT]
@@ -55,10 +77,10 @@ def accuracy(path: Path, seed: int, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ATTENTION + MLP)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=ATTENTION + MLP)
     model: Any = peft.get_peft_model(load_backbone(backbone_path()), config)
     config.base_model_name_or_path = BACKBONE_NAME
     rng = random.Random("person")
