@@ -7,16 +7,20 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
 
 from serverlesslora.cli.apply import read_functions
 from serverlesslora.cli.main import main
+from serverlesslora.cli.progress import follow
 from serverlesslora.demo import ADAPTER_NAMES, adapter_paths
-from serverlesslora.errors import ConfigError, InvalidRequest, ServerlessLoraError
-from serverlesslora.registry.declared import Declared, Fetched, decide, describe, differences
+from serverlesslora.errors import ConfigError, InvalidRequest, ServerlessLoraError, Unavailable
+from serverlesslora.gateway.telling import ChangeEvent
+from serverlesslora.registry.declared import Declared, Difference, Fetched, decide, describe, differences
 from serverlesslora.registry.entries import Entry, Facts, rolled_back
 from serverlesslora.registry.file import Contents
 from tests.live import Live, live
@@ -135,6 +139,33 @@ def test_a_file_that_cannot_be_applied_names_the_place(tmp_path: Path, text: str
     with pytest.raises(ConfigError, match=match) as error:
         read_functions(str(path))
     assert str(path) in error.value.message
+
+
+# --- progress
+
+
+def transfers() -> list[ChangeEvent]:
+    steps = [ChangeEvent(function="f\x1b[2J", step="fetching")]
+    steps += [ChangeEvent(function="f", step="fetching", done_bytes=n * 10**6, total_bytes=4 * 10**6) for n in range(4)]
+    return [*steps, ChangeEvent(function="f", step="ready"), ChangeEvent(difference=Difference((), 7))]
+
+
+def test_transfers_are_told_now_and_then_where_nothing_can_be_overwritten() -> None:
+    said = StringIO()
+    last = follow(iter(transfers()), functions=1, console=Console(file=said))
+    assert last.difference == Difference((), 7)
+    assert said.getvalue() == "fetching f: 0.0 of 4.0 MB\n"
+
+
+def test_bars_on_a_terminal() -> None:
+    said = StringIO()
+    follow(iter(transfers()), functions=1, console=Console(file=said, force_terminal=True, width=100))
+    assert "0/1" in said.getvalue() and "\x1b[2J" not in said.getvalue()
+
+
+def test_an_answer_without_an_end_is_an_error() -> None:
+    with pytest.raises(Unavailable):
+        follow(iter(transfers()[:-1]), functions=1, console=Console(file=StringIO()))
 
 
 # --- a real server

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +22,11 @@ from serverlesslora.adapters.files import CONFIG, WEIGHTS
 from serverlesslora.adapters.hosts import HostRules, parse_hosts
 from serverlesslora.adapters.places import Bucket, Site
 from serverlesslora.adapters.quota import Needed
-from serverlesslora.adapters.remote import Remote
+from serverlesslora.adapters.remote import Remote, Transient
 from serverlesslora.adapters.sources import BucketSource, Source, WebSource
 from serverlesslora.adapters.store import AdapterStore, StoredAdapter
 from serverlesslora.adapters.transfer import Transfer, TransferLimits
-from serverlesslora.adapters.web import Timeouts
+from serverlesslora.adapters.web import CONNECTIONS, Timeouts, Web
 from serverlesslora.errors import AdapterChanged, AdapterInvalid, InvalidRequest, NotFound, StorageFull, Unavailable
 from tests.adapter_host import COMMIT, AdapterHost, adapter_host
 from tests.server import ROOT, free_port, wait_until
@@ -205,6 +207,49 @@ def test_a_stalled_transfer_ends_in_time(make: Make, host: AdapterHost) -> None:
     store = make(timeouts=Timeouts(0.2, 0.2), fetch_timeout_s=1.0)
     with pytest.raises(Unavailable):
         obtain(store, f"{host.url}/a")
+
+
+def test_headers_that_drip_end_in_time(make: Make) -> None:
+    """Every byte comes soon enough for a timeout, and no chunk of a body ever comes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        over = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not over.is_set():
+                    connection, _ = listener.accept()
+                    threading.Thread(target=drip_into, args=(connection,), daemon=True).start()
+
+        def drip_into(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+                while not over.wait(0.05):
+                    connection.sendall(b"y")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        store = make(hosts=parse_hosts([url]), fetch_timeout_s=0.5)
+
+        async def body() -> None:
+            with pytest.raises(Unavailable, match="within"):
+                await store.obtain(f"{url}/a")
+
+        try:
+            run(body)
+        finally:
+            over.set()
+
+
+def test_a_server_that_cuts_every_answer_does_not_use_up_descriptors(host: AdapterHost) -> None:
+    web = Web(parse_hosts([host.url]), timeouts=QUICK)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(30):
+        host.cut_after[PATH] = [10]
+        with web.open(f"{host.url}{PATH}") as reading, pytest.raises(Transient):
+            list(reading.chunks)
+    assert len(os.listdir("/proc/self/fd")) <= before + CONNECTIONS
+    web.close()
 
 
 def test_a_pin_is_kept(make: Make, host: AdapterHost, digest: str) -> None:
@@ -526,8 +571,18 @@ def bucket(host: AdapterHost, adapter: Path, monkeypatch: pytest.MonkeyPatch) ->
     return host
 
 
+def test_a_bucket_that_cannot_be_reached_may_be_later(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(Unavailable):
+        obtain(make(), "s3://adapters/team/legal")
+
+
 def test_a_bucket(make: Make, bucket: AdapterHost, digest: str) -> None:
     assert obtain(make(), "s3://adapters/team/legal").digest == digest
+    # Nothing was listed that may be long: only what a file that is not there could be the folder of.
+    assert not any("prefix=team%2Flegal%2F&" in f"{asked}&" for asked, _ in bucket.asked)
     with pytest.raises(NotFound):
         obtain(make(), "s3://adapters/team/none")
     del bucket.files[f"/adapters/team/legal/{CONFIG}"]

@@ -27,6 +27,7 @@ from serverlesslora_ipc.channel import AsyncChannel, Channel
 from serverlesslora_ipc.frames import close_fds
 from serverlesslora_ipc.messages import (
     BackboneFailed,
+    Delta,
     Finished,
     Forked,
     GatewayToWorker,
@@ -173,6 +174,28 @@ def test_a_request_whose_worker_dies_while_starting_gets_one_other(tmp_path: Pat
             await asking
         assert fleet.num_open == 0
         assert len(service.workers) == 2
+
+    play(tmp_path, scene)
+
+
+def test_the_end_of_an_echo_is_no_first_token_and_frees_its_place(tmp_path: Path) -> None:
+    async def scene(fleet: Fleet, service: Any) -> None:
+        await deploy(fleet, service, "f", make_adapter(tmp_path / "f", "one"))
+        asked = ask(fleet)
+        played = await worker(service, 2)
+        played.says(Loaded((await played.hears(LoadAdapter)).digest, 0.1, 1))
+        request_id = (await played.hears(Generate)).request_id
+        queue: Any = fleet.control.queue
+        learned: list[str] = []
+        queue.first_token = lambda request_id, **_: learned.append(request_id)
+        played.says(Started(request_id, 1), Delta(request_id, 0, "", finish_reason="length"))
+        played.says(Finished(request_id, 1, 0))
+        await asked
+        assert learned == []
+        assert not queue._running and queue.num_waiting == 0
+        again = ask(fleet)
+        await answer(played)
+        await again
 
     play(tmp_path, scene)
 

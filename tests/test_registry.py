@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from serverlesslora.errors import InvalidRequest, ModelNotFound, NotFound, ServerlessLoraError
 from serverlesslora.gateway.backend import ModelCard
+from serverlesslora.gateway.storing import needed_by
 from serverlesslora.gateway.tenant_view import TenantView
 from serverlesslora.registry.entries import (
     Entry,
@@ -265,6 +266,13 @@ def test_a_change_is_decided_again_when_another_server_was_faster(registry: Regi
     assert [each.number for each in registry.entry("f").versions] == [1, 2, 3]
     assert registry.resolve("theirs").digest == "d1"
     assert RegistryFile(path).load() == registry.contents
+
+
+def test_what_another_server_deployed_is_needed_as_well(registry: Registry, path: Path) -> None:
+    """The two share a store: what came from a directory may be all there is of it."""
+    put(Registry([BASE], RegistryFile(path)), entry("theirs", 1))
+    assert "theirs" not in registry.entries
+    assert "d1" in needed_by(registry, []).in_use
 
 
 def test_who_leaves_while_it_is_written_does_not_part_memory_from_disk(registry: Registry, path: Path) -> None:

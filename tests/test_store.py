@@ -1,20 +1,25 @@
 """The adapter store: identity by content, and nothing but regular files gets in."""
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serverlesslora.adapters.entries import SIZES as SIZES_FILE
 from serverlesslora.adapters.entries import Entries
-from serverlesslora.adapters.files import CONFIG, WEIGHTS
+from serverlesslora.adapters.files import CONFIG, WEIGHTS, identify
 from serverlesslora.adapters.quota import Entry, Needed, to_evict
 from serverlesslora.adapters.store import AdapterStore
-from serverlesslora.errors import AdapterChanged, AdapterInvalid, NotFound, StorageFull
+from serverlesslora.errors import AdapterChanged, AdapterInvalid, NotFound, StorageFull, Unavailable
 
 
 def make_adapter(path: Path, *, weights: bytes = b"weights", **config: object) -> Path:
@@ -78,6 +83,102 @@ def test_bad_config_is_refused(store: AdapterStore, tmp_path: Path, text: str) -
     (source / CONFIG).write_text(text)
     with pytest.raises(AdapterInvalid, match=CONFIG):
         store.add(str(source))
+
+
+@pytest.fixture
+def no_descriptors() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """The kernel refuses to open anything, as it does to a server with too many connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    @contextlib.contextmanager
+    def none_left(but: int = 0) -> Iterator[None]:
+        os.close(lowest := os.open("/dev/null", os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + but, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return none_left
+
+
+def test_without_descriptors_nothing_is_called_damaged(
+    store: AdapterStore, tmp_path: Path, no_descriptors: Callable[..., contextlib.AbstractContextManager[None]]
+) -> None:
+    source = make_adapter(tmp_path / "a")
+    stored = store.add(str(source))
+    for without_sizes in (False, True):
+        if without_sizes:
+            (stored.path / SIZES_FILE).unlink()
+        after_restart = AdapterStore(store.directory, max_bytes=1 << 20)
+
+        async def body(store: AdapterStore = after_restart) -> None:
+            with no_descriptors():
+                with pytest.raises(Unavailable):
+                    await store.ensure(stored.digest, "/gone")
+                with pytest.raises(Unavailable):
+                    store.add(str(source))
+
+        asyncio.run(body())
+        assert after_restart.has(stored.digest)
+
+
+def test_without_descriptors_no_place_to_work_is_looked_for_for_ever(
+    store: AdapterStore, no_descriptors: Callable[..., contextlib.AbstractContextManager[None]]
+) -> None:
+    entries = Entries(store.directory)
+    with no_descriptors(1), pytest.raises(OSError), entries.partial("key"):  # the one is for the lock on the store
+        pass
+    assert len(list(store.directory.iterdir())) == 1
+
+
+def test_illegible_sizes_are_no_damage(store: AdapterStore, tmp_path: Path) -> None:
+    """What a power cut may leave of a file that nobody synced."""
+    stored = store.add(str(make_adapter(tmp_path / "a")))
+    (stored.path / SIZES_FILE).write_bytes(b"")
+    after_restart = AdapterStore(store.directory, max_bytes=1 << 20)
+    assert asyncio.run(after_restart.ensure(stored.digest, "/gone")) == stored.path
+
+
+def test_what_is_here_already_is_not_written_again(store: AdapterStore, tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a")
+    stored = store.add(str(source))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert store.add(str(source)) == stored
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_directory_is_not_listed(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold a million files."""
+
+    def listed(*arguments: object) -> NoReturn:
+        raise AssertionError("listed")
+
+    source = make_adapter(tmp_path / "a")
+    monkeypatch.setattr(os, "listdir", listed)
+    monkeypatch.setattr(os, "scandir", listed)
+    assert identify(source, max_bytes=1 << 20).size_bytes == len(b"weights")
+
+
+def test_a_path_that_is_swapped_after_the_look_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_adapter(tmp_path / "other" / "a")
+    inside = make_adapter(tmp_path / "root" / "a")
+    store = AdapterStore(tmp_path / "store", max_bytes=1 << 20, roots=[tmp_path / "root"])
+    confined = AdapterStore._confined
+
+    def looked_at_and_swapped(store: AdapterStore, text: str) -> Path:
+        path = confined(store, text)
+        inside.rename(tmp_path / "moved")
+        inside.symlink_to(tmp_path / "other" / "a")
+        return path
+
+    monkeypatch.setattr(AdapterStore, "_confined", looked_at_and_swapped)
+    with pytest.raises(NotFound):
+        store.add(str(inside))
+    assert list(store.directory.iterdir()) == []
 
 
 def test_pickles_are_named_as_the_reason(store: AdapterStore, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Entries:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._sizes: dict[str, int] = {}  # of entries, which never change: thousands are not measured again and again
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def path_of(self, digest: str) -> Path:
@@ -48,7 +49,10 @@ class Entries:
         for path in self.directory.iterdir():
             with contextlib.suppress(OSError):  # another server may evict it while we look
                 if len(path.name) == 64 and _DIGEST.issuperset(path.name):
-                    found.append(Entry(path.name, size_of(path), path.stat().st_mtime))
+                    used_at = path.stat().st_mtime
+                    if path.name not in self._sizes:
+                        self._sizes[path.name] = size_of(path)
+                    found.append(Entry(path.name, self._sizes[path.name], used_at))
         return found
 
     def used(self, digest: str) -> None:
@@ -56,17 +60,18 @@ class Entries:
             os.utime(self.path_of(digest))
 
     def sizes_agree(self, digest: str) -> bool | None:
-        """Of the files of an entry with what was written down; None: nothing was."""
+        """Of the files of an entry with what was written down; None: nothing legible was.
+
+        Raises OSError when it cannot be told now, which says nothing against the entry.
+        """
         path = self.path_of(digest)
         try:
             sizes = msgspec.json.decode((path / SIZES).read_bytes(), type=dict[str, int])
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.MsgspecError):
             return None
-        except (OSError, msgspec.MsgspecError):
-            return False
         try:
             return all((path / name).lstat().st_size == size for name, size in sizes.items())
-        except OSError:
+        except FileNotFoundError:
             return False
 
     # --- work under way
@@ -105,7 +110,10 @@ class Entries:
     def commit(self, path: Path, digest: str) -> None:
         """The finished directory becomes the entry of its digest, visible at once and as a whole."""
         sizes = {each.name: each.stat().st_size for each in path.iterdir()}
-        (path / SIZES).write_bytes(msgspec.json.encode(sizes))
+        with open(path / SIZES, "wb") as out:
+            out.write(msgspec.json.encode(sizes))
+            out.flush()
+            os.fsync(out.fileno())
         _sync(path)
         os.utime(path)
         target = self.path_of(digest)
@@ -125,6 +133,7 @@ class Entries:
     def hide(self, digest: str) -> Path | None:
         """It is invisible first and deleted then, so that nobody ever sees half of it."""
         leaving = self.directory / f".leaving-{digest[:16]}-{os.getpid()}-{time.monotonic_ns()}"
+        self._sizes.pop(digest, None)
         try:
             self.path_of(digest).rename(leaving)
         except FileNotFoundError:  # another server was first
@@ -141,10 +150,11 @@ class Entries:
             for path in self.directory.glob(".*-*"):
                 if path.name.startswith(".partial-") and _age_s(path) < keep_partials_s:
                     continue
-                lock = _locked(path)
-                if lock is not None:
-                    shutil.rmtree(path, ignore_errors=True)
-                    os.close(lock)
+                with contextlib.suppress(OSError):  # what cannot be swept keeps nobody from serving
+                    lock = _locked(path)
+                    if lock is not None:
+                        shutil.rmtree(path, ignore_errors=True)
+                        os.close(lock)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -161,16 +171,22 @@ def size_of(directory: Path) -> int:
 
 
 def _locked(directory: Path) -> int | None:
-    """A descriptor that holds the lock; None: somebody works there (or it is gone)."""
+    """A descriptor that holds the lock; None: somebody works there (or it is gone).
+
+    Raises OSError when nobody can tell: without descriptors every directory would look as if somebody worked there.
+    """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(fd)
         return None
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -142,7 +142,7 @@ def disk_told(directory: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFull(f"the adapter store {directory} is full: {error.strerror}") from error
-        raise Unavailable(f"the adapter store cannot be written: {error.strerror}", retry_after_s=30) from error
+        raise Unavailable(f"the adapter store cannot be used now: {error.strerror}", retry_after_s=30) from error
 
 
 def _key_of(source: Source) -> str:

@@ -6,11 +6,12 @@ is kept, whatever happens to a path meanwhile.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ NOT_IDENTITY = ("base_model_name_or_path", "revision", "inference_mode", "lora_d
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEXT_BYTES = 64 << 20
 CHUNK = 1 << 20
+_THEIR_FAULT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV)
 
 
 class Identity(NamedTuple):
@@ -68,16 +70,27 @@ def wanted_files(names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in KNOWN_FILES if name in names)
 
 
-def identify(directory: Path, *, max_bytes: int, copy_to: Path | None = None) -> Identity:
-    """Read an adapter's files once, copying what is read. Raises AdapterInvalid."""
+def identify(
+    directory: Path,
+    *,
+    max_bytes: int,
+    copy_to: Path | None = None,
+    confine: Callable[[Path], None] = lambda opened: None,
+) -> Identity:
+    """Read an adapter's files once, copying what is read.
+
+    `confine` may refuse the directory that was opened: a path can lead elsewhere than when it was looked at. Raises
+    AdapterInvalid, and OSError for what is not the directory's fault.
+    """
     try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise AdapterInvalid(f"the adapter directory cannot be read: {error.strerror}") from error
+        raise _unreadable("the adapter directory cannot be read", error) from error
     try:
+        confine(Path(os.readlink(f"/proc/self/fd/{fd}")))
         size = 0
         digest = hashlib.sha256()
-        for name in wanted_files(os.listdir(fd)):
+        for name in wanted_files(_names_in(fd)):
             chunks = read_regular(fd, name, limit=limit_of(name, max_bytes))
             if copy_to is not None:
                 chunks = _copied(chunks, copy_to / name)
@@ -97,16 +110,35 @@ def identify(directory: Path, *, max_bytes: int, copy_to: Path | None = None) ->
         os.close(fd)
 
 
+def _names_in(directory_fd: int) -> list[str]:
+    """Of the files that matter, those there are. The directory is not listed: it may hold a million others."""
+    found = []
+    for name in (*KNOWN_FILES, *PICKLED):
+        try:
+            os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _unreadable(f"{name} cannot be read", error) from error
+        found.append(name)
+    return found
+
+
+def _unreadable(what: str, error: OSError) -> Exception:
+    """The fault of the directory, or our own: no descriptors are left, or a disk fails."""
+    return AdapterInvalid(f"{what}: {error.strerror}") if error.errno in _THEIR_FAULT else error
+
+
 def canonical_config(text: bytes) -> bytes:
     """The config reduced to what changes outputs, in one spelling. Raises AdapterInvalid if it is no JSON object."""
     try:
         config: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        if not isinstance(config, dict):
+            raise AdapterInvalid(f"{CONFIG} must hold a JSON object, not {type(config).__name__}")
+        kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+        return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as error:  # writing may nest deeper than reading did
         raise AdapterInvalid(f"{CONFIG} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterInvalid(f"{CONFIG} must hold a JSON object, not {type(config).__name__}")
-    kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _copied(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
@@ -123,7 +155,7 @@ def read_regular(directory_fd: int, name: str, *, limit: int) -> Iterator[bytes]
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
     except OSError as error:
-        raise AdapterInvalid(f"{name} cannot be read: {error.strerror} (links are not followed)") from error
+        raise _unreadable(f"{name} cannot be read (links are not followed)", error) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

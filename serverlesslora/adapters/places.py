@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,11 @@ from serverlesslora.adapters.web import Timeouts, Web
 from serverlesslora.errors import AdapterInvalid, InvalidRequest, NotFound
 
 RANGE_BYTES = 8 * CHUNK  # of one request to an object store
+ASKED_AT_ONCE = 8
+_NETWORK = frozenset({
+    "botocore.HTTPClientError", "botocore.ConnectionError", "botocore.IncompleteReadError",
+    "botocore.ResponseStreamingError", "aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError",
+})  # fmt: skip
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs"}
 _EXTRA_NAMES = {"s3": "s3", "gs": "gcs"}
@@ -164,15 +170,26 @@ class Bucket:
         self._is_closed = False
 
     def files(self) -> list[RemoteFile]:
-        with self._told("listed"):
-            try:
-                entries = self._fs.ls(self._folder, detail=True, refresh=True)
-            except FileNotFoundError:
-                entries = []
-        there = {entry["name"].rpartition("/")[2]: entry for entry in entries if entry.get("type") == "file"}
+        # The folder is not listed: it may hold millions of others, and every one of them would become an object here.
+        names = (*KNOWN_FILES, *PICKLED)
+        with ThreadPoolExecutor(ASKED_AT_ONCE, thread_name_prefix="adapter-names") as pool:
+            entries = dict(zip(names, pool.map(self._entry, names), strict=True))
+        there = {name: entry for name, entry in entries.items() if entry is not None}
         if not there:
-            raise NotFound(f"there is nothing at {self._kind}://{self._folder}", param="lora_path")
+            raise NotFound(f"there is no adapter at {self._kind}://{self._folder}", param="lora_path")
         return [self._file(name, there[name]) for name in wanted_files(there)]
+
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        with self._told("looked at"):
+            try:
+                entry: dict[str, Any] = self._info(f"{self._folder}/{name}")
+            except FileNotFoundError:
+                return None
+        return entry if entry.get("type") == "file" else None
+
+    def _info(self, path: str) -> dict[str, Any]:
+        entry: dict[str, Any] = self._fs.info(path, refresh=True) if self._kind == "s3" else self._fs.info(path)
+        return entry
 
     def _file(self, name: str, entry: dict[str, Any]) -> RemoteFile:
         checks = tuple(self._checks(entry))
@@ -199,7 +216,7 @@ class Bucket:
     def open(self, file: RemoteFile, *, offset: int, version: str | None) -> Iterator[Reading]:
         path = f"{self._folder}/{file.name}"
         with self._told("read"):
-            now = self._fs.info(path, refresh=True) if self._kind == "s3" else self._fs.info(path)
+            now = self._info(path)
         current = self._file_version(now)
         begin = offset if version is not None and version == current else 0
         yield Reading(begin, now["size"], current, self._chunks(path, begin, now["size"], current))
@@ -211,7 +228,7 @@ class Bucket:
             with self._told("read"):
                 yield self._fs.cat_file(path, start=start, end=min(start + RANGE_BYTES, size))
         with self._told("read"):
-            after = self._fs.info(path, refresh=True) if self._kind == "s3" else self._fs.info(path)
+            after = self._info(path)
         if self._file_version(after) != version:
             raise Transient(f"{path.rpartition('/')[2]} changed while it was read")
 
@@ -236,7 +253,9 @@ class Bucket:
             raise Transient(f"{self._kind}://{self._folder} cannot be {what}: {type(error).__name__}") from error
         except (AdapterInvalid, Transient, Absent):
             raise
-        except Exception as error:  # no credentials, no such endpoint: the client's own classes
+        except Exception as error:  # the client's own classes
+            if _is_of_the_network(error):
+                raise Transient(f"{self._kind}://{self._folder} cannot be {what}: {type(error).__name__}") from error
             raise AdapterInvalid(
                 f"{self._kind}://{self._folder} cannot be {what}: {type(error).__name__}; check the server's "
                 "credentials and endpoint",
@@ -260,5 +279,16 @@ def _file_system(kind: str, timeouts: Timeouts) -> Any:
 
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if kind == "s3":
-        options["config_kwargs"] = {"connect_timeout": timeouts.connect_s, "read_timeout": timeouts.read_s}
-    return fsspec.filesystem(kind, **options)
+        options["config_kwargs"] = {
+            "connect_timeout": timeouts.connect_s,
+            "read_timeout": timeouts.read_s,
+            "retries": {"total_max_attempts": 1},  # who fetches tries again, and knows when to stop
+        }
+    fs = fsspec.filesystem(kind, **options)
+    fs.retries = 1
+    return fs
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """By name, because importing the clients takes a second and either may be missing."""
+    return any(f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in _NETWORK for kind in type(error).__mro__)

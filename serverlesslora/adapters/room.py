@@ -38,6 +38,17 @@ class Room:
             if not self._holds[digest]:
                 del self._holds[digest]
 
+    def hold_if_here(self, digest: str) -> bool:
+        """Held, if it is here as a whole. Raises OSError when that cannot be told now."""
+        self.hold(digest)
+        is_here = False
+        try:
+            is_here = bool(self._entries.sizes_agree(digest))
+        finally:
+            if not is_here:
+                self.let_go(digest)
+        return is_here
+
     def promise(self, owner: object, size: int) -> None:
         """Keep so many bytes for `owner`, evicting what must leave. Raises StorageFull."""
         with self._making:

@@ -34,11 +34,13 @@ from serverlesslora.errors import (
     AdapterInvalid,
     InvalidRequest,
     NotFound,
+    Unavailable,
 )
 
 log = logging.getLogger("serverlesslora.adapters")
 
 FETCHES_AT_ONCE = 4
+COPIES_AT_ONCE = 4
 TOUCH_EVERY_S = 10.0
 
 
@@ -78,6 +80,9 @@ class AdapterStore:
         self._whole: set[str] = set()  # digests this process has looked at
         self._touched: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="adapter-fetch")
+        # Their own: a directory on a disk that hangs must not take the threads that everybody uses.
+        self._copiers = ThreadPoolExecutor(COPIES_AT_ONCE, thread_name_prefix="adapter-copy")
+        self._is_stopped = False
         self._flights: Flights[Hashable, StoredAdapter] = Flights()
 
     # --- what is there
@@ -92,11 +97,17 @@ class AdapterStore:
         return self._fetcher.fetching()
 
     def verify(self, digest: str) -> bool:
-        """Read it all: is it still what its name says? One that is not, is given up. Blocks."""
-        try:
-            intact = identify(self.path_of(digest), max_bytes=1 << 62).digest == digest
-        except AdapterInvalid:
-            intact = False
+        """Read it all: is it still what its name says? One that is not, is given up. Blocks.
+
+        Raises Unavailable when it cannot be read now, which says nothing against it.
+        """
+        with disk_told(self.directory):
+            try:
+                intact = identify(self.path_of(digest), max_bytes=1 << 62).digest == digest
+            except AdapterInvalid as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise error.__cause__ from None
+                intact = False
         if not intact:
             log.error("the stored adapter %s is damaged and is given up", digest[:16])
             self._entries.remove(digest)
@@ -117,15 +128,16 @@ class AdapterStore:
     async def obtaining(self, source: str, on_bytes: OnBytes | None = None) -> AsyncIterator[StoredAdapter]:
         """As `obtain`; it is not evicted before the block ends."""
         parsed = self._allowed(source)
-        if parsed.digest is not None and await self._is_here(parsed.digest):
-            with self.hold(parsed.digest):
-                path = self.path_of(parsed.digest)
-                yield StoredAdapter(parsed.digest, path, size_of(path))
-        else:
-            # Who asks for a directory means what is in it now, not what a copy under way began with.
-            is_local = isinstance(parsed, LocalSource)
-            async with self._fetched(source, parsed, parsed.digest, on_bytes, key=object() if is_local else None) as it:
-                yield it
+        if parsed.digest is not None:
+            with self.hold(parsed.digest):  # before the look, or it leaves between the two
+                if await self.is_here(parsed.digest):
+                    path = self.path_of(parsed.digest)
+                    yield StoredAdapter(parsed.digest, path, size_of(path))
+                    return
+        # Who asks for a directory means what is in it now, not what a copy under way began with.
+        is_local = isinstance(parsed, LocalSource)
+        async with self._fetched(source, parsed, parsed.digest, on_bytes, key=object() if is_local else None) as it:
+            yield it
 
     def is_ready(self, digest: str) -> bool:
         """It is here and was looked at; nothing has to be waited for."""
@@ -140,7 +152,7 @@ class AdapterStore:
         Many that wait for one digest wait for one transfer, which goes on when they leave. Raises AdapterChanged when
         the source does not hold this adapter any more.
         """
-        if await self._is_here(digest):
+        if await self.is_here(digest):
             self._use(digest)
             return self.path_of(digest)
         try:
@@ -180,8 +192,10 @@ class AdapterStore:
 
     def stop(self) -> None:
         """Transfers end, and can be gone on with. To be called before the process ends."""
+        self._is_stopped = True
         self._fetcher.stop()
         self._threads.shutdown(wait=False)
+        self._copiers.shutdown(wait=False)
 
     # --- one source
 
@@ -208,7 +222,7 @@ class AdapterStore:
         async def fetch() -> StoredAdapter:
             loop = asyncio.get_running_loop()
             if isinstance(source, LocalSource):
-                return await asyncio.to_thread(self._add_local, source, expected)
+                return await loop.run_in_executor(self._copiers, self._add_local, source, expected)
             return await loop.run_in_executor(self._threads, self._add_remote, source, shown(text), expected, on_bytes)
 
         flight = self._flights.join(
@@ -221,11 +235,18 @@ class AdapterStore:
 
     def _add_local(self, source: LocalSource, expected: str | None = None) -> StoredAdapter:
         """Copy a directory. It is held once when this returns."""
+        if self._is_stopped:  # hundreds may wait for their turn, and the process for all of them
+            raise Unavailable("the server is shutting down", retry_after_s=5)
         directory = self._confined(source.path)
-        with disk_told(self.directory), self._entries.incoming() as incoming:
-            found = identify(directory, max_bytes=self._max_bytes, copy_to=incoming)
+        with disk_told(self.directory):
+            # Read before it is copied: after a restart all of them are here, and nothing has to be written.
+            found = identify(directory, max_bytes=self._max_bytes, confine=self._check_inside)
             check_digest(found.digest, expected or source.digest)
-            self._room.commit(incoming, found.digest)
+            if not self._room.hold_if_here(found.digest):
+                with self._entries.incoming() as incoming:
+                    found = identify(directory, max_bytes=self._max_bytes, copy_to=incoming, confine=self._check_inside)
+                    check_digest(found.digest, expected or source.digest)
+                    self._room.commit(incoming, found.digest)
         self._whole.add(found.digest)
         return StoredAdapter(found.digest, self.path_of(found.digest), found.size_bytes)
 
@@ -240,21 +261,31 @@ class AdapterStore:
             found = path.is_dir()
         except (OSError, RuntimeError):  # too long, a loop of links, nobody's home
             found = False
-        if not found or (self.roots and not any(path.is_relative_to(root) for root in self.roots)):
+        if not found or not self._is_inside(path):
             # One answer for "outside" and "absent": the difference would let a caller map the file system.
             raise NotFound(f"no adapter directory at {path_text!r}", param="lora_path")
         return path
 
+    def _is_inside(self, path: Path) -> bool:
+        return not self.roots or any(path.is_relative_to(root) for root in self.roots)
+
+    def _check_inside(self, opened: Path) -> None:
+        """Of the directory that is really read, whatever its path led to when it was looked at."""
+        if not self._is_inside(opened):
+            raise NotFound("the adapter directory was moved while it was opened", param="lora_path")
+
     # --- the store itself
 
-    async def _is_here(self, digest: str) -> bool:
-        """As a whole: what this process has not seen yet is looked at."""
+    async def is_here(self, digest: str) -> bool:
+        """As a whole: what this process has not seen yet is looked at. Raises Unavailable when it cannot be now."""
         if not self.has(digest):
             return False
         if digest not in self._whole:
-            agrees = self._entries.sizes_agree(digest)
+            with disk_told(self.directory):
+                agrees = self._entries.sizes_agree(digest)
             if agrees is None:
-                agrees = await asyncio.to_thread(self.verify, digest)
+                loop = asyncio.get_running_loop()
+                agrees = await loop.run_in_executor(self._copiers, self.verify, digest)
             if not agrees:
                 self._entries.remove(digest)
                 return False

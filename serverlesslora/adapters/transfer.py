@@ -73,6 +73,16 @@ class Transfer:
 
     def run(self) -> None:
         """Raises AdapterInvalid, NotFound, Unavailable, OSError (of our own disk) or Stopped. Blocks."""
+        # What comes a byte at a time never waits long enough for a timeout, and headers have no chunk to look after.
+        alarm = threading.Timer(self._limits.timeout_s, self._remote.close)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            self._run()
+        finally:
+            alarm.cancel()
+
+    def _run(self) -> None:
         files = self._patiently(self._remote.files)
         for file in files:
             if file.size is not None:

@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 
 from serverlesslora.adapters.hosts import HostRules, Trust, origin_of, refusal
@@ -63,7 +63,7 @@ class Web:
         self._rules = rules
         self._timeouts = timeouts
         self._resolve = resolve
-        self._sockets: list[socket.socket] = []
+        self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_closed = False
         context = ssl_context or httpx.create_ssl_context()
@@ -165,18 +165,54 @@ class Web:
             raise Transient(f"the host {host} has no address")
         return found
 
-    def connected(self, sock: socket.socket) -> None:
+    def connected(self, sock: socket.socket) -> socket.socket:
         """Remember a second handle: TLS takes the first one away."""
         with self._lock:
             if self._is_closed:
                 raise Transient("the transfer was stopped")
-            self._sockets.append(socket.socket(fileno=os.dup(sock.fileno())))
+            handle = socket.socket(fileno=os.dup(sock.fileno()))
+            self._sockets.add(handle)
+            return handle
+
+    def disconnected(self, handle: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(handle)
+        handle.close()
 
 
 def _checked_backend(web: Web, trust: Trust) -> httpcore.NetworkBackend:
     import httpcore
 
     inner = httpcore.SyncBackend()
+
+    class TrackedStream(httpcore.NetworkStream):
+        """The second handle is closed with the stream: a server that cuts every answer must not use them all up."""
+
+        def __init__(self, stream: httpcore.NetworkStream, handle: socket.socket) -> None:
+            self._stream = stream
+            self._handle = handle
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            return self._stream.read(max_bytes, timeout)
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            self._stream.write(buffer, timeout)
+
+        def close(self) -> None:
+            self._stream.close()
+            web.disconnected(self._handle)
+
+        def start_tls(
+            self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+        ) -> httpcore.NetworkStream:
+            try:
+                return TrackedStream(self._stream.start_tls(ssl_context, server_hostname, timeout), self._handle)
+            except BaseException:
+                self.close()
+                raise
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._stream.get_extra_info(info)
 
     class CheckedBackend(httpcore.NetworkBackend):
         def connect_tcp(
@@ -195,11 +231,11 @@ def _checked_backend(web: Web, trust: Trust) -> httpcore.NetworkBackend:
                     failure = error
                     continue
                 try:
-                    web.connected(stream.get_extra_info("socket"))
+                    handle = web.connected(stream.get_extra_info("socket"))
                 except BaseException:
                     stream.close()
                     raise
-                return stream
+                return TrackedStream(stream, handle)
             assert failure is not None
             raise failure
 

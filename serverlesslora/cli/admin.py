@@ -9,16 +9,20 @@ from pathlib import Path
 import msgspec
 from rich.table import Table
 
-from serverlesslora.cli.client import add_client_flags, call, plain, plain_console
+from serverlesslora.cli.client import add_client_flags, call, plain, plain_console, stream
+from serverlesslora.cli.progress import follow
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.gateway.functions_view import FunctionView
+from serverlesslora.gateway.telling import ChangeEvent
 from serverlesslora.registry.entries import shown
 
 
 def add_parsers(commands: Subparsers) -> None:
     deploy = commands.add_parser("deploy", help="deploy an adapter as a function of a running server")
     deploy.add_argument("name", help="what clients will call it (`model` in requests)")
-    deploy.add_argument("adapter", help="directory of the PEFT adapter, as the server sees it")
+    deploy.add_argument(
+        "adapter", help="PEFT adapter: a directory as the server sees it, hf://, s3://, gs:// or https://"
+    )
     deploy.add_argument("--backbone", help="name of the backbone it belongs to [the first]")
     deploy.add_argument("--tenant", help="functions of one tenant share a worker")
     deploy.add_argument("--max-concurrency", type=int, metavar="N", help="requests it may have open at once")
@@ -61,7 +65,8 @@ def run_deploy(arguments: argparse.Namespace) -> int:
         "replace": arguments.replace or arguments.weight is not None,
         "weight": 100 if arguments.weight is None else arguments.weight,
     }
-    function: FunctionView = call(arguments, "POST", "/admin/functions", body, type=FunctionView)
+    function = follow(stream(arguments, "/admin/functions", body, type=ChangeEvent), functions=1).deployed
+    assert function is not None
     if arguments.json:
         print(msgspec.json.encode(function).decode())
     else:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from serverlesslora.cli.client import RefusedByServer, add_client_flags, plain, plain_console, stream
+from serverlesslora.cli.client import add_client_flags, plain, plain_console, stream
+from serverlesslora.cli.progress import follow
 from serverlesslora.cli.serve import Subparsers
 from serverlesslora.config import read_toml
-from serverlesslora.errors import ConfigError, InvalidRequest, Unavailable
-from serverlesslora.gateway.admin import ApplyEvent
+from serverlesslora.errors import ConfigError, InvalidRequest
+from serverlesslora.gateway.telling import ChangeEvent
 from serverlesslora.registry.declared import Declared, Difference
 
 DIFFERENT = 2
@@ -82,20 +81,10 @@ def _from(directory: Path, adapter: str) -> str:
 
 
 def _ask(arguments: argparse.Namespace, body: dict[str, Any]) -> Difference:
-    """With a bar on a terminal while adapters are fetched and looked at."""
-    total = len(body["functions"])
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    console = Console(stderr=True, markup=False)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("functions", total=total)
-        for event in stream(arguments, "/admin/apply", body, type=ApplyEvent):
-            if event.error is not None:
-                raise RefusedByServer(event.error)
-            if event.difference is not None:
-                return event.difference
-            description = f"{event.step} {event.function}"
-            progress.update(task, description=description, advance=1 if event.step == "ready" else 0)
-    raise Unavailable("the server ended its answer without a result; look at its log")
+    events = stream(arguments, "/admin/apply", body, type=ChangeEvent)
+    difference = follow(events, functions=len(body["functions"])).difference
+    assert difference is not None
+    return difference
 
 
 def _check_agreed(arguments: argparse.Namespace, found: Difference) -> None:

@@ -83,9 +83,8 @@ def stream(
 ) -> Iterator[T]:
     """The lines of an answer as they come. Raises as `call`; `timeout_s` is for each line."""
     server: str = arguments.server
-    request = urllib.request.Request(
-        server + path, data=msgspec.json.encode(body), headers=_authorization(arguments), method="POST"
-    )
+    headers = _authorization(arguments) | {"accept": "application/x-ndjson"}
+    request = urllib.request.Request(server + path, data=msgspec.json.encode(body), headers=headers, method="POST")
     with _asked(server, request, timeout_s) as response:
         try:
             for line in response:

@@ -9,16 +9,17 @@ import argparse
 import http.client
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 5.0
 DEFAULT_PORT = "8000"
+EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that listens there is asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", help="of the server, or of the page to ask [http://127.0.0.1:$SERVERLESSLORA_PORT]")
+    parser.add_argument("--url", help="of the server, or of the page to ask [where SERVERLESSLORA_HOST and _PORT say]")
     parser.add_argument("--ready", action="store_true", help="ask whether it takes requests, not only whether it lives")
     parser.set_defaults(run=run)
 
@@ -34,8 +35,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    port = os.environ.get("SERVERLESSLORA_PORT", DEFAULT_PORT)
-    url = arguments.url or f"http://127.0.0.1:{port if port.isdecimal() else DEFAULT_PORT}"
+    url = arguments.url or default_url(os.environ)
     try:
         status = _status(url, "/ready" if arguments.ready else "/health")
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -44,6 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     if status != 200:
         print(f"serverlesslora healthcheck: {url}: status {status}", file=sys.stderr)
     return 0 if status == 200 else 1
+
+
+def default_url(environment: Mapping[str, str]) -> str:
+    host = environment.get("SERVERLESSLORA_HOST", "")
+    host = EVERYWHERE.get(host, host)
+    port = environment.get("SERVERLESSLORA_PORT", DEFAULT_PORT)
+    # Kubernetes gives every container such a variable with an address in it, if a service is called so.
+    return f"http://{f'[{host}]' if ':' in host else host}:{port if port.isdecimal() else DEFAULT_PORT}"
 
 
 def _status(url: str, path: str) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -18,18 +15,18 @@ from starlette.routing import Route
 
 from serverlesslora.config import FunctionConfig
 from serverlesslora.errors import InvalidRequest, ServerlessLoraError, Unauthorized
+from serverlesslora.gateway.deployments import OnStep, unheard
 from serverlesslora.gateway.door import AdminDoor, bearer
 from serverlesslora.gateway.fleet import Fleet
 from serverlesslora.gateway.functions_view import function_view, versions_view
 from serverlesslora.gateway.http_errors import CHALLENGE
+from serverlesslora.gateway.telling import LINES, ChangeEvent, told
 from serverlesslora.gateway.usage_api import usage_routes
-from serverlesslora.registry.declared import Declared, Difference
+from serverlesslora.registry.declared import Declared
 from serverlesslora.registry.entries import ALL, Weights
 from serverlesslora.registry.names import parse, parse_version
 from serverlesslora.tenancy.keyring import Keyring
-from serverlesslora_ipc.messages import Loaded, WireError
-
-log = logging.getLogger("serverlesslora.admin")
+from serverlesslora_ipc.messages import Loaded
 
 T = TypeVar("T")
 
@@ -59,15 +56,6 @@ class Apply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dry_run: bool = False
     prune: bool = False
     revision: int | None = None  # of the difference that somebody has agreed to
-
-
-class ApplyEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of the answer to Apply: what is done for a function; at the end the difference, or why there is none."""
-
-    function: str | None = None
-    step: str | None = None
-    difference: Difference | None = None
-    error: WireError | None = None
 
 
 class Inspect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -135,41 +123,6 @@ def _numbered(weights: Mapping[str, int]) -> Weights:
     return {_number(text, "weights"): weight for text, weight in weights.items()}
 
 
-async def _applying(fleet: Fleet, wanted: Apply, who: str) -> AsyncIterator[bytes]:
-    """Lines of JSON as things happen. Whoever leaves before the last one has changed nothing, or everything."""
-    events: asyncio.Queue[ApplyEvent] = asyncio.Queue()
-
-    async def apply() -> None:
-        try:
-            difference = await fleet.deployments.apply(
-                wanted.functions,
-                dry_run=wanted.dry_run,
-                prune=wanted.prune,
-                revision=wanted.revision,
-                who=who,
-                on_step=lambda name, step: events.put_nowait(ApplyEvent(function=name, step=step)),
-            )
-            events.put_nowait(ApplyEvent(difference=difference))
-        except ServerlessLoraError as error:
-            events.put_nowait(ApplyEvent(error=error.to_wire()))
-        except Exception:  # the status is sent already
-            log.exception("apply failed")
-            unexpected = ServerlessLoraError("The server had an unexpected error; its log has the details.")
-            events.put_nowait(ApplyEvent(error=unexpected.to_wire()))
-
-    task = asyncio.create_task(apply(), name="apply")
-    try:
-        while True:
-            event = await events.get()
-            yield msgspec.json.encode(event) + b"\n"
-            if event.difference is not None or event.error is not None:
-                return
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
 def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
     """Open to all who reach it until there is an admin key; always without `keys`."""
 
@@ -192,8 +145,21 @@ def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
     async def deploy(request: Request) -> Response:
         wanted = await _body(request, Deploy)
         function = _wanted(wanted, fleet)
-        number = await deployments.deploy(function, replace=wanted.replace, weight=wanted.weight, who=who(request))
-        return view(function.name, number=number, status=201)
+        changer = who(request)
+
+        async def work(on_step: OnStep) -> int:
+            return await deployments.deploy(
+                function, replace=wanted.replace, weight=wanted.weight, who=changer, on_step=on_step
+            )
+
+        if LINES not in request.headers.get("accept", ""):
+            return view(function.name, number=await work(unheard), status=201)
+
+        async def tell(on_step: OnStep) -> ChangeEvent:
+            number = await work(on_step)
+            return ChangeEvent(deployed=function_view(registry.entry(function.name), deployments, number))
+
+        return StreamingResponse(told(tell, fleet.store, {function.name: function.adapter}), media_type=LINES)
 
     async def remove(request: Request) -> Response:
         name = request.path_params["name"]
@@ -222,13 +188,27 @@ def create_admin_app(fleet: Fleet, keys: Keyring | None = None) -> Starlette:
 
     async def apply(request: Request) -> Response:
         wanted = await _body(request, Apply)
-        return StreamingResponse(_applying(fleet, wanted, who(request)), media_type="application/x-ndjson")
+        changer = who(request)
+
+        async def tell(on_step: OnStep) -> ChangeEvent:
+            difference = await deployments.apply(
+                wanted.functions,
+                dry_run=wanted.dry_run,
+                prune=wanted.prune,
+                revision=wanted.revision,
+                who=changer,
+                on_step=on_step,
+            )
+            return ChangeEvent(difference=difference)
+
+        sources = {each.name: each.adapter for each in wanted.functions}
+        return StreamingResponse(told(tell, fleet.store, sources), media_type=LINES)
 
     async def inspect(request: Request) -> Response:
         wanted = await _body(request, Inspect)
         backbone = fleet.registry.backbone(wanted.backbone)
-        stored = await fleet.store.obtain(wanted.adapter)
-        facts: Loaded = await deployments.inspect(backbone.name, stored)
+        async with fleet.store.obtaining(wanted.adapter) as stored:
+            facts: Loaded = await deployments.inspect(backbone.name, stored)
         return _answer(
             Inspection(
                 digest=stored.digest,

@@ -26,6 +26,7 @@ from serverlesslora.errors import (
 )
 from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.control_plane import ControlPlane
+from serverlesslora.gateway.storing import is_local
 from serverlesslora.gateway.worker_link import WorkerLink
 from serverlesslora.gateway.workers import retired_after
 from serverlesslora.registry.declared import Difference, Fetched, decide, deployed, describe, differences
@@ -125,7 +126,13 @@ class Deployments:
     # --- changing
 
     async def deploy(
-        self, function: FunctionConfig, *, replace: bool, weight: int = ALL, who: str = "admin API"
+        self,
+        function: FunctionConfig,
+        *,
+        replace: bool,
+        weight: int = ALL,
+        who: str = "admin API",
+        on_step: OnStep = unheard,
     ) -> int:
         """Fetch the adapter, prove that it can be served, then put it under its name, for `weight` per cent; returns
         the version's number.
@@ -137,15 +144,16 @@ class Deployments:
         lock = self._by_name.setdefault(function.name, asyncio.Lock())
         async with lock:
             self._check_free(function.name, self._registry.contents, replace=replace)
-            fetched = await self._fetch(function)
+            with contextlib.ExitStack() as held:
+                fetched = await self._fetch(function, held, on_step)
 
-            def put(contents: Contents) -> list[Change]:
-                self._check_free(function.name, contents, replace=replace)
-                before = contents.entries.get(function.name)
-                after = deployed(contents, fetched, now=int(time.time()), weight=weight)
-                return _changed(before, after, "deploy")
+                def put(contents: Contents) -> list[Change]:
+                    self._check_free(function.name, contents, replace=replace)
+                    before = contents.entries.get(function.name)
+                    after = deployed(contents, fetched, now=int(time.time()), weight=weight)
+                    return _changed(before, after, "deploy")
 
-            await self._registry.change(put, who=who)
+                await self._registry.change(put, who=who)
             version = self._registry.entry(function.name).find(fetched.digest, fetched.backbone)
             assert version is not None
             return version.number
@@ -168,7 +176,6 @@ class Deployments:
             raise InvalidRequest(f"the names {twice} are used more than once; every function needs its own")
         for each in functions:
             self._registry.check_name(each.name)
-        fetched = await self._fetch_all(functions, InvalidRequest, on_step)
         keep = {each.name for each in self._config.functions}
         found: Difference
 
@@ -180,7 +187,9 @@ class Deployments:
             found = Difference(differences(contents, fetched, changes), contents.revision, applied=not dry_run)
             return [] if dry_run else changes
 
-        await self._registry.change(put, who=who)
+        with contextlib.ExitStack() as held:
+            fetched = await self._fetch_all(functions, held, InvalidRequest, on_step)
+            await self._registry.change(put, who=who)
         return found
 
     async def route(self, name: str, weights: Mapping[int, int], *, who: str, is_canary: bool = False) -> Entry:
@@ -259,17 +268,22 @@ class Deployments:
     # --- fetching and proving
 
     async def _declare(self, functions: Sequence[FunctionConfig], failure: type[ServerlessLoraError]) -> None:
-        fetched = await self._fetch_all(functions, failure, unheard)
-        await self._registry.change(
-            lambda contents: decide(contents, fetched, now=int(time.time())), who="configuration"
-        )
+        with contextlib.ExitStack() as held:
+            fetched = await self._fetch_all(functions, held, failure, unheard)
+            await self._registry.change(
+                lambda contents: decide(contents, fetched, now=int(time.time())), who="configuration"
+            )
 
     async def _fetch_all(
-        self, functions: Sequence[FunctionConfig], failure: type[ServerlessLoraError], on_step: OnStep
+        self,
+        functions: Sequence[FunctionConfig],
+        held: contextlib.ExitStack,
+        failure: type[ServerlessLoraError],
+        on_step: OnStep,
     ) -> list[Fetched]:
         async def fetch(function: FunctionConfig) -> Fetched:
             try:
-                return await self._fetch(function, on_step)
+                return await self._fetch(function, held, on_step)
             except ServerlessLoraError as error:
                 sentence = f"function {function.name!r} cannot be served: {error.message}"
                 kind = Unavailable if error.status >= 500 and failure is not ConfigError else failure
@@ -283,10 +297,13 @@ class Deployments:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _fetch(self, function: FunctionConfig, on_step: OnStep = unheard) -> Fetched:
+    async def _fetch(self, function: FunctionConfig, held: contextlib.ExitStack, on_step: OnStep) -> Fetched:
+        """What cannot be fetched again is `held` until the registry, which protects it from then on, has it."""
         backbone = self._registry.backbone(function.backbone).name
         on_step(function.name, "fetching")
         async with self._store.obtaining(function.adapter) as stored:
+            if is_local(function.adapter):
+                held.enter_context(self._store.hold(stored.digest))
             on_step(function.name, "inspecting")
             facts = self._known_facts(backbone, stored.digest)
             if facts is None:

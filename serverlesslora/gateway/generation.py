@@ -6,50 +6,31 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from serverlesslora.errors import BudgetSpent, Overloaded, RateLimited, ServerlessLoraError, Unavailable, WorkerLost
+from serverlesslora.errors import (
+    AdapterInvalid,
+    BudgetSpent,
+    Overloaded,
+    RateLimited,
+    ServerlessLoraError,
+    Unavailable,
+    WorkerLost,
+)
 from serverlesslora.gateway.accounts import Account
 from serverlesslora.gateway.backbone_service import BackboneService
 from serverlesslora.gateway.backend import Cold, Event, GenerationRequest, Rung, estimated_tokens
 from serverlesslora.gateway.journal import current_journal
-from serverlesslora.gateway.worker_link import RemoteError, Stream, StreamEvent, WorkerLink
+from serverlesslora.gateway.watched_stream import WatchedStream
+from serverlesslora.gateway.worker_link import RemoteError, WorkerLink
 from serverlesslora.gateway.workers import Placed, is_retryable
 from serverlesslora.registry.functions import Function, Target
 from serverlesslora.scheduler.asks import Ask
-from serverlesslora_ipc.messages import Delta, Finished, Generate, Spent, Started
+from serverlesslora_ipc.messages import Finished, Generate, Spent, Started
 
 if TYPE_CHECKING:
     from serverlesslora.gateway.control_plane import ControlPlane
-
-
-class WatchedStream(Stream):
-    """Tells of the first token and of the end when they arrive, however slowly the client reads, and counts."""
-
-    def __init__(self, on_first_token: Callable[[], None], on_end: Callable[[Spent], None]) -> None:
-        super().__init__()
-        self.prompt_tokens = 0
-        self.output_tokens = 0
-        self._on_first_token: Callable[[], None] | None = on_first_token
-        self._on_end = on_end
-
-    def put(self, event: StreamEvent) -> None:
-        super().put(event)
-        match event:
-            case Delta():
-                self.output_tokens += len(event.token_ids)
-                if self._on_first_token is not None:
-                    self._on_first_token()
-                    self._on_first_token = None
-            case Started():
-                self.prompt_tokens = event.prompt_tokens
-            case Finished():
-                self._on_end(event.spent)
-
-    def fail(self, error: ServerlessLoraError) -> None:
-        super().fail(error)
-        self._on_end(self.spent or Spent())
 
 
 class FleetGeneration:
@@ -77,6 +58,8 @@ class FleetGeneration:
         self._link: WorkerLink | None = None
         self._stream = self._new_stream()
         self._started: Started | None = None
+        self._starter: asyncio.Task[Any] | None = None  # waits for the start
+        self._interruption: ServerlessLoraError | None = None  # of that wait
         self._is_over = False
         self._fetched_s = 0.0  # from far away
         self._was_prompt = False  # sent at once to a worker that had everything
@@ -98,11 +81,20 @@ class FleetGeneration:
 
     async def started(self) -> Started:
         if self._started is None:
+            self._starter = asyncio.current_task()
             try:
                 self._started = await self._run()
             except ServerlessLoraError as error:
                 self._fail(error)
                 raise
+            except asyncio.CancelledError:
+                # As asyncio.timeout does: a cancellation of our own is taken back, its client's goes on.
+                if self._interruption is None or self._starter is None or self._starter.uncancel():
+                    raise
+                self._fail(self._interruption)
+                raise self._interruption from None
+            finally:
+                self._starter = None
         return self._started
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -122,8 +114,11 @@ class FleetGeneration:
             raise
 
     def interrupt(self, error: ServerlessLoraError) -> None:
-        """What has arrived can still be read; then this is raised."""
+        """What has arrived can still be read; then this is raised. Whoever waits for anything hears it now."""
         self._stream.fail(error)
+        if self._starter is not None and self._interruption is None:
+            self._interruption = error
+            self._starter.cancel()
 
     def close(self) -> None:
         """Abort unless it is over. Never waits."""
@@ -151,17 +146,24 @@ class FleetGeneration:
         function = self._target.function
         if function is None:
             return await self._place_and_start()
-        with self._control.store.hold(function.digest):
-            if not self._control.store.is_ready(function.digest):
+        store = self._control.store
+        with store.hold(function.digest):
+            if not store.is_ready(function.digest):
                 await self._fetch(function)
-            return await self._place_and_start()
+            try:
+                return await self._place_and_start()
+            except AdapterInvalid:
+                if store.has(function.digest):
+                    raise
+                # Another server that shares the store gave it up before the worker had read it.
+                await self._fetch(function)
+                return await self._place_and_start()
 
     async def _fetch(self, function: Function) -> None:
         """Have the adapter on this machine, and a worker meanwhile. The request queues only then: who waits for a
         transfer must not hold a place where somebody else's could be computed."""
         loop, store = asyncio.get_running_loop(), self._control.store
-        if store.has(function.digest):
-            await store.ensure(function.digest, function.source)
+        if await store.is_here(function.digest):
             return
         began = loop.time()
         patience_s = min(self._control.cold_timeout_s, self._request.slo_ttft_s or math.inf)

@@ -32,20 +32,23 @@ def create_store(config: ServerConfig, needed: Callable[[], Needed]) -> AdapterS
 def needed_by(registry: Registry, workers: Iterable[WorkerLink]) -> Needed:
     """Of versions that came from a directory all must stay, because nobody promises that it is still there, or still
     the same. What can be fetched again may leave unless it lies in a worker or is pinned.
+
+    Asked of the file, not of this server's memory: another one that shares the store may have deployed since. Blocks.
     """
     in_use = {digest for link in workers if link.is_usable for digest in link.adapters}
     deployed = set()
-    for entry in list(registry.entries.values()):
+    for entry in registry.on_disk().entries.values():
         for version in entry.versions:
             is_routed = version.number in entry.weights
-            if _is_local(version.source) or (is_routed and entry.settings.pinned):
+            if is_local(version.source) or (is_routed and entry.settings.pinned):
                 in_use.add(version.digest)
             if is_routed:
                 deployed.add(version.digest)
     return Needed(frozenset(in_use), frozenset(deployed))
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
+    """What is in the store of it may be all there is."""
     try:
         return parse_source(source).kind == "local"
     except AdapterInvalid:  # kept by a server that knew more kinds

@@ -136,6 +136,10 @@ class RegistryFile:
                 raise refusal(self.path, error) from error
             return revision
 
+    def revision(self) -> int:
+        with self._lock, readable(self.path):
+            return self._revision()
+
     def history(self, name: str, *, limit: int = 50) -> list[Event]:
         """The newest first, also of a function that was removed."""
         with self._lock, readable(self.path):

@@ -113,6 +113,11 @@ class Registry:
     def contents(self) -> Contents:
         return self._contents
 
+    def on_disk(self) -> Contents:
+        """With what another server has changed since; from any thread. Blocks."""
+        known = self._contents
+        return known if self._file.revision() == known.revision else self._file.load()
+
     def entry(self, name: str) -> Entry:
         """Raises ModelNotFound."""
         entry = self.entries.get(name)

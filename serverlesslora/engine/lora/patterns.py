@@ -26,8 +26,7 @@ class PatternTable(Generic[T]):
     """First key in the file's order that matches a module name at its end, at a dot; as PEFT's get_pattern_key."""
 
     def __init__(self, field: str, patterns: Mapping[str, T]) -> None:
-        if len(patterns) > MAX_PATTERNS:
-            raise AdapterInvalid(f"{field} has {len(patterns)} keys; at most {MAX_PATTERNS} are accepted")
+        check_number(field, patterns)
         self._suffixes: dict[str, tuple[int, T]] = {}
         self._full: dict[str, tuple[int, T]] = {}
         self._expressions: list[tuple[int, re.Pattern[str], T]] = []
@@ -57,6 +56,12 @@ class PatternTable(Generic[T]):
                 position = name.find(".", position + 1)
         found.extend((order, value) for order, expression, value in self._expressions if expression.match(name))
         return min(found, key=lambda entry: entry[0])[1] if found else default
+
+
+def check_number(field: str, patterns: Mapping[str, Any]) -> None:
+    """Raises AdapterInvalid for more keys than are looked at."""
+    if len(patterns) > MAX_PATTERNS:
+        raise AdapterInvalid(f"{field} has {len(patterns)} keys; at most {MAX_PATTERNS} are accepted")
 
 
 def compile_bounded(field: str, key: str) -> re.Pattern[str]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serverlesslora.engine.lora.patterns import PatternTable
+from serverlesslora.engine.lora.patterns import PatternTable, check_number
 from serverlesslora.errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 4 << 20
 MAX_RANK = 1024
+MAX_ALPHA = 1e30
 MAX_TARGET_MODULES = 100_000  # a plain list may name every module
 MAX_TARGETS = 256  # in modules_to_save and target_parameters
 
@@ -134,8 +135,9 @@ def _rank(field: str, value: Any) -> int:
 
 
 def _alpha(field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e30:
-        raise AdapterInvalid(f"{field} is {_short(value)}; it must be a finite number")
+    """Negative ones are served: they take away what the adapter adds, and PEFT computes the same."""
+    if type(value) not in (int, float) or not abs(value) <= MAX_ALPHA:
+        raise AdapterInvalid(f"{field} is {_short(value)}; it must be a number from -{MAX_ALPHA:g} to {MAX_ALPHA:g}")
     return float(value)
 
 
@@ -143,6 +145,7 @@ def _pattern(config: Mapping[str, Any], field: str, check: Any) -> dict[str, Any
     value = config.get(field) or {}
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{field} must be an object of module names")
+    check_number(field, value)  # before anything is done for each of a million
     return {key: check(f"{field}[{key[:80]!r}]", item) for key, item in value.items()}
 
 
