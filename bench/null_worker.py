@@ -108,6 +108,7 @@ class NullService:
     context_length = 1 << 20
     takes_requests = True
     is_ready = True
+    identity = None
     size_bytes = 1 << 20
 
     def __init__(self, tokens_per_s: float) -> None:

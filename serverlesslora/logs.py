@@ -3,6 +3,7 @@
 Nothing a client sends is logged but names that the server knows: neither prompts nor outputs nor keys, at any level.
 So only our own loggers speak below warnings (a library's debug lines may hold anything), and the text of an exception
 that nobody expected is left out, because it often quotes what could not be processed; its type and frames are there.
+The same holds for whatever fails in a worker, where everything is about what clients said.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from serverlesslora.log_outlet import Outlet
+
+if TYPE_CHECKING:
+    import asyncio
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -27,6 +34,7 @@ ROLE_PREFIX = "slora-"  # of the names our processes give themselves: see `serve
 FORMAT_VARIABLE, LEVEL_VARIABLE = "SERVERLESSLORA_LOG_FORMAT", "SERVERLESSLORA_LOG_LEVEL"  # as our children get them
 
 SPEAKS_OF_CODE = (AttributeError, ImportError, MemoryError, NameError)  # whose texts quote no values
+SPEAKS_OF_DEVICES = ("CUDA", "Triton")  # how texts of RuntimeErrors begin that quote none either
 
 REPEATS, WINDOW_S = 10, 60.0  # of one warning; more of them are counted and told with the next one
 MAX_KINDS = 1000  # of warnings remembered
@@ -66,6 +74,8 @@ def set_up(level: LogLevel, form: LogFormat, *, role: str | None = None) -> None
     logging.getLogger(OURS).setLevel(level.upper())
     logging.captureWarnings(True)
     sys.excepthook = _report
+    sys.unraisablehook = lambda found: _unseen("an error that nobody could catch", found.exc_value)
+    threading.excepthook = lambda found: _unseen("a thread has ended with an error", found.exc_value)
 
 
 def set_up_child() -> None:
@@ -85,22 +95,46 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     """What ends the process is a log line like any other."""
     if issubclass(kind, KeyboardInterrupt):
         return
-    logging.getLogger(OURS).critical("the process ends: %s", error, exc_info=(kind, error, trace))
+    logging.getLogger(OURS).critical("the process ends: %s", kind.__qualname__, exc_info=(kind, error, trace))
 
 
-class _Stderr(logging.StreamHandler[Any]):
+def report_unseen(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """For `loop.set_exception_handler`: asyncio's own puts the text of the error into its message."""
+    _unseen(f"in the event loop: {context.get('message', 'an error')}", context.get("exception"))
+
+
+def _unseen(what: str, error: BaseException | None) -> None:
+    logging.getLogger(OURS).error("%s", what, exc_info=error, extra={"withhold": True})
+
+
+class _Stderr(logging.Handler):
     """Wherever sys.stderr leads at the moment: a progress bar moves aside for what is written to it."""
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
+        super().__init__()
+        self._outlet = Outlet()
 
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(self.format(record) + "\n")
+        except Exception as error:  # as `handleError` would tell with all arguments
+            self._write(f"a line of {record.name} could not be written: {type(error).__name__}\n")
 
-    @stream.setter
-    def stream(self, stream: Any) -> None:
-        raise AttributeError("it is always sys.stderr")
+    def _write(self, line: str) -> None:
+        stream = sys.stderr
+        if stream is not None and stream is not sys.__stderr__:
+            stream.write(line)
+            stream.flush()
+            return
+        if self._outlet.lost:
+            words = "%d lines of this process are lost, because nobody read them"
+            told = logging.makeLogRecord(
+                {"name": OURS, "levelno": 30, "levelname": "WARNING", "msg": words, "args": (self._outlet.lost,)}
+            )
+            if not self._outlet.write(f"{self.format(told)}\n".encode()):
+                return
+            self._outlet.lost = 0
+        self._outlet.write(line.encode("utf-8", "backslashreplace"))
 
 
 class Repetition(logging.Filter):
@@ -150,13 +184,12 @@ class _Lines(logging.Formatter):
     def role(self) -> str:
         return self._role or process_role()
 
-    @staticmethod
-    def trace(record: logging.LogRecord) -> str:
+    def trace(self, record: logging.LogRecord) -> str:
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return ""
         is_foreign = not record.name.startswith(OURS) or getattr(record, "withhold", False)
-        return trace_of(error, with_text=not is_foreign)
+        return trace_of(error, with_text=not is_foreign and self.domain is None)
 
 
 class TextLines(_Lines):
@@ -194,10 +227,16 @@ def trace_of(error: BaseException, *, with_text: bool) -> str:
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         frames = "".join(traceback.format_tb(cause.__traceback__))
-        text = f": {cause}" if isinstance(cause, SPEAKS_OF_CODE) else " (its text is not logged)"
+        text = f": {cause}" if _quotes_nothing(cause) else " (its text is not logged)"
         parts.append(f"Traceback (most recent call last):\n{frames}{type(cause).__qualname__}{text}")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "\n\n".join(reversed(parts))
+
+
+def _quotes_nothing(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(SPEAKS_OF_DEVICES)
+    return isinstance(error, SPEAKS_OF_CODE)
 
 
 def process_role() -> str:

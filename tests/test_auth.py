@@ -122,7 +122,15 @@ def test_without_keys_everything_is_as_it_was(house: House) -> None:
 def test_from_the_first_key_on_nobody_is_let_in_without_one(house: House) -> None:
     key = house.key(ACME)
     assert house.chat("upper", key).json()["choices"][0]["message"]["content"] == "HELLO"
-    for path in ("/v1/models", "/v1/models/upper", "/v1/nope", "/", "/health/", "/metrics/x", "//health"):
+    for path in (
+        "/v1/models",
+        "/v1/models/upper",
+        "/v1/nope",
+        "/live",
+        "/health/",
+        "/metrics/x",
+        f"{house.url}//health",
+    ):
         check_unauthorized(house.get(path))
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         check_unauthorized(house.post(path, None))
@@ -379,6 +387,14 @@ def test_requests_per_second(house: House) -> None:
     check_limited(house.get("/v1/models", key))
     assert house.chat("upper", house.key(ACME)).status_code == 200  # others are not touched
     assert house.get("/health", key).status_code == 200
+
+
+def test_an_open_page_does_not_use_up_its_keys_requests(house: House) -> None:
+    key = house.key(Grant(tenant="acme", limits=Limits(rps=0.001, burst=2, concurrent=1)))
+    assert [house.get("/live", key).status_code for _ in range(5)] == [200] * 5
+    assert [house.chat("upper", key).status_code for _ in range(3)] == [200, 200, 429]
+    assert house.get("/live", key).status_code == 200
+    assert house.get("/live", key + "x").status_code == house.get("/live").status_code == 401
 
 
 def test_requests_at_once(house: House) -> None:

@@ -9,12 +9,14 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from serverlesslora.gateway.app import create_app
 from serverlesslora.gateway.connections import watched
@@ -188,6 +190,87 @@ def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
             received.rindex(b"HELLO"),
         ]
         assert order == sorted(order)
+
+
+def test_an_offer_of_another_protocol_is_not_taken(served: Served) -> None:
+    body = json.dumps(body_of("upper")).encode()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n" % (offer, len(body))
+    with dial(served) as connection:
+        for pieces in ([head + body], [head, body]):  # again on the same connection
+            for piece in pieces:
+                connection.sendall(piece)
+            assert b"200 OK" in read_until(connection, b'"usage"')
+    hidden = get(target=b"/v1/models")
+    for pieces in (
+        [head.replace(b"Upgrade: h2c", b"Upg"), b"rade: h2c\r\n\r\n" + hidden],
+        [b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n" + hidden],
+    ):
+        answer = exchange(served, b"".join(pieces)) if len(pieces) == 1 else in_pieces(served, pieces)
+        assert answer.count(b"HTTP/1.1 ") == 1 and code_of(answer) == MALFORMED
+
+
+def in_pieces(served: Served, pieces: list[bytes]) -> bytes:
+    """Each is read for itself: nothing tells when, so that the later ones wait for an answer on another connection."""
+    with dial(served) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            httpx.get(f"{served.url}/version")
+        return read_until(connection, b"}}")
+
+
+EARLY = b"POST /none HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"  # answered before its body comes
+
+
+def test_a_body_that_nobody_waits_for_has_a_limit_of_its_own(served: Served) -> None:
+    with dial(served) as connection:
+        connection.sendall(EARLY)
+        assert b"404 " in read_until(connection, b"}")
+        connection.sendall(b"x")  # ends the keep-alive timer of 30 s
+        assert is_closed(connection)
+
+
+def test_after_a_late_body_the_connection_is_timed_and_good(served: Served) -> None:
+    with dial(served) as connection:
+        connection.sendall(EARLY)
+        read_until(connection, b"}")
+        connection.sendall(b"x" * 100)
+        connection.sendall(get())
+        assert b'"version"' in read_until(connection, b"}")
+        connection.sendall(EARLY)
+        read_until(connection, b"}")
+        connection.sendall(b"x" * 100)
+        assert is_closed(connection)
+
+
+def test_empty_lines_do_not_keep_a_connection(served: Served) -> None:
+    with dial(served) as connection:
+        connection.sendall(get())
+        read_until(connection, b"}")
+        connection.sendall(b"\r\n")
+        assert is_closed(connection)
+
+
+def test_who_does_not_read_an_answer_is_left() -> None:
+    sent = threading.Event()
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        await send({"type": "http.response.body"})
+        sent.set()
+
+    impatient = type("Impatient", (watched(0.2),), {"write_timeout_s": 0.3})
+    with running(large, http=impatient) as url, dial(Served(FakeBackend(), url)) as connection:
+        connection.sendall(get())
+        assert sent.wait(10)  # to nobody: what is written after the end is dropped
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(1 << 20):
+                received += len(piece)
+        assert received < 100 << 20
+        assert len(httpx.get(url).content) == 100 << 20
 
 
 def test_http_1_0(served: Served) -> None:

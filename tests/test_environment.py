@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from serverlesslora.cli.healthcheck import default_url
 from serverlesslora.cli.main import make_parser
 from serverlesslora.cli.serve import config_from
 from serverlesslora.config import ServerConfig, default_state_dir
@@ -120,6 +121,21 @@ def test_the_health_check(served: tuple[Any, str]) -> None:
     assert "status 503" in not_ready.stderr
     assert healthcheck("--url", f"{url}/ready").returncode == 1
     assert healthcheck("--url", url).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        (None, None, "http://127.0.0.1:8000"),
+        ("0.0.0.0", "9000", "http://127.0.0.1:9000"),
+        ("::", "9000", "http://[::1]:9000"),
+        ("10.0.0.7", "tcp://10.0.0.1:8000", "http://10.0.0.7:8000"),
+        ("", "", "http://127.0.0.1:8000"),
+    ],
+)
+def test_where_the_health_check_asks(host: str | None, port: str | None, url: str) -> None:
+    settings = {"SERVERLESSLORA_HOST": host, "SERVERLESSLORA_PORT": port}
+    assert default_url({name: value for name, value in settings.items() if value is not None}) == url
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[", "http://127.0.0.1:99999"])

@@ -11,6 +11,8 @@ import pytest
 
 from serverlesslora.errors import ServerlessLoraError
 from serverlesslora.gateway.app import create_app
+from serverlesslora.gateway.history import History
+from serverlesslora.gateway.live import FRESH_S, LivePage
 from serverlesslora.gateway.live_state import (
     LiveBackbone,
     LiveFunction,
@@ -113,7 +115,7 @@ def names(document: dict[str, Any]) -> set[str]:
 
 def test_without_keys_everybody_sees_everything(house: House) -> None:
     house.ask("upper")
-    house.backend.spending.spent("upper", 0.5, None)
+    house.backend.spending.spent("upper", "acme", 0.5, None)
     document = house.live()
     assert document["tenant"] is None and names(document) == {c.id for c in house.backend.models() if c.parent}
     assert document["bases"] == ["demo"] and len(document["workers"]) == 3
@@ -138,8 +140,8 @@ def test_a_tenant_sees_its_own_and_nothing_of_the_machine(house: House) -> None:
     house.ask("upper", acme)
     house.ask("reverse", other)
     house.ask("reverse", other)
-    house.backend.spending.spent("reverse", 7.0, None)
-    house.backend.spending.held("", "backbone", 1.0, 9.0)
+    house.backend.spending.spent("reverse", "other", 7.0, None)
+    house.backend.spending.held("", None, "backbone", 1.0, 9.0)
     document = house.live(acme)
     assert names(document) == {"upper", "rot13"}
     assert (document["tenant"], document["server"], document["bases"]) == ("acme", None, [])
@@ -155,6 +157,33 @@ def test_a_tenant_sees_its_own_and_nothing_of_the_machine(house: House) -> None:
 def test_a_worker_that_also_serves_what_the_key_may_not_see_is_not_shown(house: House) -> None:
     document = house.live(house.key(tenant="acme", functions=("up*",)))
     assert names(document) == {"upper"} and document["workers"] == []
+
+
+def test_a_name_that_became_anothers_says_nothing_of_its_former_owner(house: House) -> None:
+    acme, other = house.key(tenant="acme"), house.key(tenant="other")
+    house.ask("upper", acme)
+    house.backend.spending.spent("upper", "acme", 0.5, None)
+    house.backend.give("upper", "other")
+    house.backend.spending.held("upper", "acme", "adapter", 1.0, 9.0)  # told late
+    house.ask("upper", other)
+    document = house.live(other)
+    upper = next(each for each in document["functions"] if each["name"] == "upper")
+    assert upper["requests"] == document["hour"]["requests"] == sum(document["history"]["requests"]) == 1
+    assert upper.get("cost", 0) == document["hour"]["cost"] == 0
+    assert house.live(acme)["hour"]["requests"] == 0
+
+
+def test_many_viewers_are_served_one_reading() -> None:
+    now = 0.0
+    backend = Backend()
+    page = LivePage(backend, History(), clock=lambda: now)
+    acme = Grant(tenant="acme")
+    first = page.encoded(None), page.encoded(acme)
+    backend.give("mask", "acme")
+    assert (page.encoded(Grant(admin=True)), page.encoded(acme)) == first
+    assert b"mask" not in page.encoded(acme)
+    now = FRESH_S
+    assert b"mask" in page.encoded(acme)
 
 
 def test_an_admin_key_of_a_tenant_is_a_tenants_key_here(house: House) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
+import gc
 import json
 import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +24,13 @@ import pytest
 
 from serverlesslora import logs
 from serverlesslora.gateway.app import create_app
+from serverlesslora.log_outlet import Outlet
 from serverlesslora.logs import JsonLines, Repetition, TextLines, trace_of
 from serverlesslora.tenancy.key import Grant
 from serverlesslora.tenancy.store import KEYS_FILE, KeyStore
 from tests.backend_fake import FakeBackend
 from tests.live import Live, live
-from tests.server import running, wait_until
+from tests.server import ROOT, is_healthy, running, wait_until
 
 CANARY = "zqxjkv"  # the demo answers with it in capitals; it is in no code and no name
 
@@ -144,7 +151,121 @@ def test_an_internal_error_of_a_request_shows_where_but_not_what(
     assert CANARY not in json.dumps([error, access])
 
 
+def test_what_asyncio_and_threads_and_workers_say_quotes_nobody(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    try:
+        logs.set_up("debug", "json", role="gateway")
+
+        async def fail() -> None:
+            raise ValueError(CANARY)
+
+        async def leave_it() -> None:
+            asyncio.get_running_loop().set_exception_handler(logs.report_unseen)
+            task = asyncio.create_task(fail())
+            await asyncio.wait([task])
+            del task
+            gc.collect()
+
+        asyncio.run(leave_it())
+        thread = threading.Thread(target=lambda: int(CANARY))
+        thread.start()
+        thread.join()
+        logs.belongs_to("demo/tenant:acme")
+        for error in (ValueError(CANARY), RuntimeError("CUDA error: misaligned address")):
+            logging.getLogger("serverlesslora.worker").error("it failed", exc_info=caught(error))
+    finally:
+        sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    text = capsys.readouterr().err
+    assert [json.loads(line)["message"] for line in text.splitlines()] == [
+        "in the event loop: Task exception was never retrieved",
+        "a thread has ended with an error",
+        "it failed",
+        "it failed",
+    ]
+    assert CANARY not in text and "misaligned address" in text
+
+
+def test_what_nobody_reads_is_lost_and_counted() -> None:
+    reading, writing = os.pipe()
+    try:
+        outlet = Outlet(writing)
+        taken = 0
+        while outlet.write(b"x" * 999 + b"\n"):
+            taken += 1
+        assert not outlet.write(b"y\n" * 3000) and outlet.lost == 2 and taken > 10
+        os.set_blocking(reading, False)
+        assert len(os.read(reading, 1 << 20)) >= taken * 1000
+        assert outlet.write(b"again\n")
+        assert os.read(reading, 1 << 20).endswith(b"again\n")
+        assert os.get_blocking(writing)  # others share it
+        while outlet.write(b"z" * 100_000 + b"\n"):  # cut in the middle: the next line does not continue it
+            pass
+        while b"z" in os.read(reading, 1 << 20):
+            if outlet.write(b"next\n"):
+                assert os.read(reading, 1 << 20).split(b"\n")[-2:] == [b"next", b""]
+                break
+        os.close(reading)
+        reading = -1
+        assert not outlet.write(b"to nobody\n")
+    finally:
+        os.close(writing)
+        if reading >= 0:
+            os.close(reading)
+
+
+@pytest.mark.parametrize("kind", ["file", "socket", "null"])
+def test_other_things_than_pipes(kind: str, tmp_path: Path) -> None:
+    if kind == "socket":
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            outlet = Outlet(ours.fileno())
+            while outlet.write(b"x" * 999 + b"\n"):
+                pass
+            assert outlet.lost == 1 and ours.getblocking()
+        return
+    path = tmp_path / "log" if kind == "file" else Path("/dev/null")
+    with path.open("ab") as file:
+        file.write(b"before\n")
+        file.flush()
+        assert Outlet(file.fileno()).write(b"a line\n")
+    assert path.read_bytes() == (b"before\na line\n" if kind == "file" else b"")
+
+
 # --- a real server
+
+
+def test_a_server_whose_log_nobody_reads_answers() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    code = f"""
+import os
+from serverlesslora import logs
+from serverlesslora.gateway.app import create_app
+from tests.backend_fake import FakeBackend
+import uvicorn
+logs.set_up("info", "json", role="gateway")
+uvicorn.run(create_app(FakeBackend()), port={url.rpartition(":")[2]}, log_config=None, access_log=False)
+"""
+    roots = os.pathsep.join(str(ROOT / each) for each in (".", "ipc"))
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stderr=writing, env=os.environ | {"PYTHONPATH": roots})
+    os.close(writing)
+    try:
+        wait_until(lambda: is_healthy(url), 30)
+        with httpx.Client(base_url=url, timeout=10) as http:
+            assert {http.get("/v1/models").status_code for _ in range(200)} == {200}
+            os.read(reading, 1 << 20)
+            http.get("/v1/models")
+        assert b"lines of this process are lost" in os.read(reading, 1 << 20)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
 
 
 def files_with(folder: Path, text: str) -> set[str]:
@@ -203,7 +324,10 @@ def test_nothing_that_was_said_is_written_down_anywhere() -> None:
                 assert http.post(chat, json=good, headers={"authorization": f"Bearer {key}"}).status_code == 401
                 http.get(f"/v1/models/{key}", params={"api_key": key})
                 http.post(f"{chat}?key={key}", json=good, headers={"x-api-key": key, "cookie": key})
-            http.get(f"/v1/models/{right.text}", headers=bearer | {"x-request-id": right.text, "x-slo-ttft-ms": CANARY})
+            http.get(
+                f"/v1/models/{right.text}",
+                headers=bearer | {"x-request-id": f"mine-{right.text}", "x-slo-ttft-ms": CANARY},
+            )
             http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/none"}, headers=bearer)
             with contextlib.closing(dial(server)) as raw:
                 raw.sendall(

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serverlesslora.gateway.app import create_app
 from serverlesslora.gateway.backend import BackendStats, Cold, GenerationRequest
 from serverlesslora.gateway.metrics import OTHER, Metrics
-from serverlesslora.gateway.metrics_views import State
+from serverlesslora.gateway.metrics_views import LORA_NAMES, State
 from serverlesslora_ipc.messages import Delta, Finished, SamplingParams, TextPrompt
 from tests.backend_fake import FakeBackend
 from tests.server import running, serving
@@ -76,6 +76,16 @@ def test_the_names_that_dashboards_and_gateways_look_for() -> None:
     labels = found["vllm:lora_requests_info"].samples[0].labels
     assert labels == {"max_lora": "8", "running_lora_adapters": "upper,rot13", "waiting_lora_adapters": "cold"}
     assert found["vllm:kv_cache_usage_perc"].samples[0].value == 0.25
+
+
+def test_a_label_does_not_list_thousands_of_adapters() -> None:
+    names = tuple(f"function-{number}" for number in range(5000))
+    stats = BackendStats(max_adapters=5000, running_adapters=names, waiting_adapters=names)
+    (info,) = [each for each in State(lambda: stats).collect() if each.name == "vllm:lora_requests_info"]
+    labels = info.samples[0].labels
+    assert labels["max_lora"] == "5000"
+    assert labels["running_lora_adapters"].split(",") == list(names[:LORA_NAMES])
+    assert labels["waiting_lora_adapters"].split(",") == list(names[:LORA_NAMES])
 
 
 def test_openmetrics_for_who_asks_for_it() -> None:
@@ -184,7 +194,21 @@ def test_every_prompt_of_a_call_is_one_finished_request() -> None:
     assert total(found["vllm:time_to_first_token_seconds"], "_count") == 1
     assert total(found["vllm:request_prefill_time_seconds"], "_count") == 1
     assert total(found["vllm:request_prefill_time_seconds"], "_sum") == pytest.approx(0.2)
-    assert metrics.history.summary("f").tokens == 4
+    hour = metrics.history.summary(("f", None))
+    assert hour is not None and hour.tokens == 4
+
+
+def test_a_prompt_that_is_only_echoed_has_no_first_token() -> None:
+    metrics = Metrics(BackendStats, 10)
+    record = metrics.record("f")
+    record.delta(0, Delta("a", 0, "", finish_reason="length"))
+    record.finished(Finished("a", 5, 0))
+    record.close(200)
+    found = families(metrics.page().decode())
+    assert by_label(found["vllm:request_success"], "finished_reason", "_total") == {"length": 1}
+    for name in ("time_to_first_token", "request_prefill_time", "request_decode_time", "inter_token_latency"):
+        assert total(found[f"vllm:{name}_seconds"], "_count") == 0, name
+    assert total(found["vllm:e2e_request_latency_seconds"], "_count") == 1
 
 
 def test_cold_starts_by_rung() -> None:
@@ -194,20 +218,23 @@ def test_cold_starts_by_rung() -> None:
     found = families(metrics.page().decode())
     assert by_label(found["serverlesslora_cold_starts"], "rung", "_total") == {"worker": 1, "hot": 1}
     assert total(found["serverlesslora_cold_start_seconds"], "_count") == 2
-    count, seconds = metrics.history.summary("f").colds["worker"]
+    hour = metrics.history.summary(("f", None))
+    assert hour is not None
+    count, seconds = hour.colds["worker"]
     assert count == 1 and seconds == pytest.approx(0.024, rel=0.06)
 
 
 def test_functions_beyond_the_cap_share_a_label() -> None:
     metrics = Metrics(BackendStats, 3)
     for number in range(50):
-        metrics.asked([GenerationRequest("r", f"f{number}", TextPrompt("x"), SamplingParams(max_tokens=1))])
+        asked = GenerationRequest("r", f"f{number}", TextPrompt("x"), SamplingParams(max_tokens=1))
+        metrics.asked(f"f{number}", [asked])
         record = metrics.record(f"f{number}")
         record.delta(0, Delta("r", 0, "x", (1,), finish_reason="stop"))
         record.finished(Finished("r", 1, 1))
         record.close(200)
-        metrics.spent(f"f{number}", 1.0, None)
-    metrics.held("", "backbone", 5.0, 0.5)
+        metrics.spent(f"f{number}", None, 1.0, None)
+    metrics.held("", None, "backbone", 5.0, 0.5)
     found = families(metrics.page().decode())
     labels = {sample.labels["function"] for sample in found["serverlesslora_requests"].samples}
     assert labels == {"f0", "f1", "f2", OTHER}

@@ -54,6 +54,19 @@ def test_a_function_and_its_tenant_are_limited_together() -> None:
     quotas.enter(card("g", "acme"))  # what was refused holds nothing of the tenant's
 
 
+def test_a_function_at_its_limit_does_not_use_up_its_tenants_rate() -> None:
+    quotas = Quotas({"acme": Limits(rps=1, burst=3)}, Limiter(Clock()))
+    busy = card("busy", "acme", rps=1)
+    quotas.enter(busy)
+    for _ in range(20):
+        with pytest.raises(RateLimited, match="The function 'busy'"):
+            quotas.enter(busy)
+    quotas.enter(card("g", "acme"))
+    quotas.enter(card("g", "acme"))
+    with pytest.raises(RateLimited, match="The tenant 'acme'"):
+        quotas.enter(card("g", "acme"))
+
+
 def test_tokens_are_expected_and_corrected() -> None:
     clock = Clock()
     quotas = Quotas({}, Limiter(clock))

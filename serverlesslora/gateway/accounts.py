@@ -150,11 +150,12 @@ class Accounts:
         if self._watchers:
             money = self.prices.request_money(usage)
             for each in self._watchers:
-                each.spent(usage.function, money.device, money.charged)
+                each.spent(usage.function, usage.tenant, money.device, money.charged)
 
     def resident(self, rows: Sequence[Residency]) -> None:
         if rows:
             self.ledger.resident(rows)
         for row in rows:
             for each in self._watchers:
-                each.held(row.function or "", row.kind, row.byte_s, self.prices.holding_cost(row))
+                tenant = row.tenant if row.function else None
+                each.held(row.function or "", tenant, row.kind, row.byte_s, self.prices.holding_cost(row))

@@ -1,22 +1,17 @@
-"""The HTTP application: routes, the headers every answer carries, and the order to stop taking requests."""
+"""The HTTP application: routes, what their endpoints share, and the order to stop taking requests."""
 
 from __future__ import annotations
 
-import logging
-import re
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import serverlesslora
 from serverlesslora.errors import ServerlessLoraError, Unavailable
@@ -26,8 +21,9 @@ from serverlesslora.gateway.answering import Answer, GenerationResponse, Opening
 from serverlesslora.gateway.backend import Backend, GenerationRequest, ModelCard, Models, estimated_tokens
 from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.completions import parse_completion
-from serverlesslora.gateway.door import OPEN_PATHS, Door, check_admin, visit_of
+from serverlesslora.gateway.door import Door, check_admin, visit_of
 from serverlesslora.gateway.embeddings import Embeddings
+from serverlesslora.gateway.envelope import Envelope
 from serverlesslora.gateway.http_errors import answer_for
 from serverlesslora.gateway.journal import Journal, current_journal
 from serverlesslora.gateway.limits import HttpSettings, objective_of, read_json
@@ -40,14 +36,10 @@ from serverlesslora.gateway.responses import Responses
 from serverlesslora.gateway.tenant_view import TenantView
 from serverlesslora.gateway.tgi import TextGeneration
 from serverlesslora.gateway.tokenization import Tokenization
-from serverlesslora.logs import about
 from serverlesslora.tenancy.keyring import Keyring
 from serverlesslora.tenancy.rate_limits import Limiter
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
-_REQUEST_ID = re.compile(r"(?!sk-)[A-Za-z0-9._:-]{1,128}")  # what looks like a key is not written down
-
-log = logging.getLogger("serverlesslora.access")
 
 
 class Gateway:
@@ -111,7 +103,8 @@ class Gateway:
         tokens = sum(estimated_tokens(each.prompt) for each in generations)
         if (visit := visit_of(request)) is not None:
             visit.expect(tokens)
-        stay = self._admit(request, generations[0].model)
+        card = self.seen_by(request).model(generations[0].model)
+        stay = self._admit(request, card)
         stay.expect(tokens)
 
         def used(tokens: int) -> None:
@@ -119,7 +112,7 @@ class Gateway:
             if visit is not None:
                 visit.used(tokens)
 
-        self.metrics.asked(generations)
+        self.metrics.asked(card.name, generations)
         return GenerationResponse(
             self.seen_by(request),
             generations,
@@ -130,9 +123,8 @@ class Gateway:
             on_end=used,
         )
 
-    def _admit(self, request: Request, model: str) -> Stay:
+    def _admit(self, request: Request, card: ModelCard) -> Stay:
         """What it takes of its tenant's and its function's limits; `Envelope` gives it back, however this ends."""
-        card = self.seen_by(request).model(model)
         current_journal().asks(card)
         visit = visit_of(request)
         stay = self.quotas.enter(card, key_tenant=visit.key.grant.tenant if visit else None)
@@ -194,65 +186,6 @@ def _model(card: ModelCard) -> Model:
 def _json(value: Any, status: int = 200) -> Response:
     headers = {"retry-after": "1"} if status == 503 else None
     return Response(_encode(value), status, headers, media_type="application/json")
-
-
-class Envelope:
-    """Gives every answer its request id, counts it, and turns what nobody expected into an error object."""
-
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app = app
-        self._gateway = gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-        journal = Journal(request_id, tuple(scope["headers"]))
-        with about(journal):
-            await self._answer(scope, receive, send, journal)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, journal: Journal) -> None:
-        status = 0
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(raw=message["headers"])
-                headers["x-request-id"] = journal.request_id
-                if self._gateway.draining:
-                    headers["connection"] = "close"
-            await send(message)
-
-        self._gateway.in_flight += 1
-        try:
-            await self._app(scope, receive, sending)
-        except Exception as error:
-            if status:
-                raise
-            await answer_for(error).response()(scope, receive, sending)
-        finally:
-            self._gateway.in_flight -= 1
-            if (stay := scope["state"].get("stay")) is not None:
-                stay.leave()
-            route = getattr(scope.get("route"), "path", "none")
-            self._gateway.metrics.responses.labels(route, str(status or 499)).inc()
-            journal.ended(route, status)
-            level = logging.DEBUG if route in OPEN_PATHS else logging.INFO  # a probe asks every second
-            if log.isEnabledFor(level):
-                log.log(level, "request", extra={"fields": journal.access_fields()})
-            self._gateway.on_finished(journal)
-
-
-def _request_id(scope: Scope) -> str:
-    headers: list[tuple[bytes, bytes]] = scope["headers"]
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(text := value.decode("latin-1")):
-            return text
-    return uuid.uuid4().hex
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -1,12 +1,14 @@
-"""Connections and request heads within bounds: uvicorn itself waits for headers without end, and takes any number.
+"""Connections and request heads within bounds: uvicorn itself waits without end, and takes any number.
 
 A head that is too long, has too many fields, or is no HTTP at all is answered by an error object and the connection is
-closed; nothing after it is read, so there is nothing to smuggle a request behind.
+closed; nothing after it is read, so there is nothing to smuggle a request behind. An offer to speak another protocol
+is not taken, as HTTP allows; the parser would take it, and what follows for a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 from typing import Any, NamedTuple
 
@@ -38,21 +40,29 @@ HEADERS_TOO_LARGE = _Refusal(
 TOO_MANY_CONNECTIONS = _Refusal(503, "Too many connections are open; try again.", "too_many_connections")
 
 
-class _TooLarge(Exception):
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_IGNORED = b"\r\nignored:"
+
+
+class _Refused(Exception):
     """Stops the parser."""
 
 
 class WatchedProtocol(HttpToolsProtocol):
-    """Closes a connection whose request headers are not complete in time; bodies have their own limit.
+    """Closes a connection whose request headers are not complete in time, or that does not read its answer.
 
-    Give it to uvicorn as `http=`. Idle connections between two requests stay with `timeout_keep_alive`.
+    Give it to uvicorn as `http=`. Idle connections between two requests stay with `timeout_keep_alive`, and bodies that
+    are waited for have their own limit; the rest of a body that was answered before its end has that of the headers.
     """
 
     header_timeout_s = 10.0
+    write_timeout_s = 60.0  # a stream gives up earlier, see `HttpSettings`
     max_connections: int | None = None
     _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _refusal: _Refusal | None = None
     _is_in_head = True
+    _is_before_body = True
     _raw_bytes = 0  # that came while the head was not complete
     _header_bytes = 0
 
@@ -66,11 +76,17 @@ class WatchedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
             return
+        if self._is_before_body and _UPGRADE.search(data):
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(_IGNORED, head) + end + rest
         super().data_received(data)
         if self._is_in_head:  # the parser keeps an unfinished value to itself, however long it gets
             self._raw_bytes += len(data)
             if self._raw_bytes > MAX_HEADER_BYTES + MAX_URL_BYTES + READ_BYTES and self._refusal is None:
                 self._refuse(HEADERS_TOO_LARGE)
+        # What came has ended the keep-alive timer, and may be no request: the rest of a body, or an empty line.
+        if self._header_timer is None and self.timeout_keep_alive_task is None and self._is_at_rest:
+            self._watch()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -83,19 +99,37 @@ class WatchedProtocol(HttpToolsProtocol):
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
             self._refusal = URL_TOO_LONG
-            raise _TooLarge
+            raise _Refused
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
         self._header_bytes += len(name) + len(value)
         if self._is_in_head and (len(self.headers) > MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES):
             self._refusal = HEADERS_TOO_LARGE
-            raise _TooLarge
+            raise _Refused
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # CONNECT, or an offer that came in pieces
+            self._refusal = MALFORMED
+            raise _Refused
         self._unwatch()
-        self._is_in_head = False
+        self._is_in_head = self._is_before_body = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_before_body = True
+        if self._is_at_rest:  # a late body is over; what comes now is another request
+            self._unwatch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._can_write()
 
     def send_400_response(self, msg: str) -> None:
         """Called for whatever the parser does not take."""
@@ -103,6 +137,7 @@ class WatchedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._can_write()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
@@ -139,9 +174,19 @@ class WatchedProtocol(HttpToolsProtocol):
             self._header_timer.cancel()
             self._header_timer = None
 
+    def _can_write(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """Nothing is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
     def _close(self) -> None:
         self._header_timer = None
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_at_rest:
             self.transport.abort()
 
 

@@ -12,13 +12,15 @@ from serverlesslora.errors import Forbidden, RateLimited, ServerlessLoraError
 from serverlesslora.gateway.http_errors import answer_for
 from serverlesslora.gateway.journal import current_journal
 from serverlesslora.gateway.page_files import PAGE_PATHS
-from serverlesslora.tenancy.key import Key
+from serverlesslora.tenancy.key import Key, Limits
 from serverlesslora.tenancy.keyring import Keyring
 from serverlesslora.tenancy.rate_limits import Limiter, Permit, Refusal
 
 # Probes and scrapers carry no key. /metrics names functions and counts their requests, of all tenants, and nothing that
 # was said; who may not know even that is kept from the path by the proxy in front, as for any Prometheus exporter.
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"}) | PAGE_PATHS
+# Who watches needs a key, but an open page must not use up what its key may ask: one reading serves many viewers.
+UNCOUNTED_PATHS = frozenset({"/live"})
 
 
 class Visit:
@@ -84,7 +86,10 @@ class Door:
         key = self._keys.check(bearer(scope))
         if key is None:
             return None
-        permit = self._limiter.enter(key.id, key.grant.limits)
+        if scope["path"] in UNCOUNTED_PATHS:
+            permit = self._limiter.enter(f"{key.id} watches", Limits())
+        else:
+            permit = self._limiter.enter(key.id, key.grant.limits)
         if isinstance(permit, Refusal):
             raise _limited(permit)
         return Visit(key, permit)

@@ -1,8 +1,10 @@
-"""The last hour in buckets of ten seconds, of the whole server and of each function: what the live page draws.
+"""The last hour, of the server in buckets of ten seconds and of each function in minutes: what the live page draws.
 
 Memory is bounded: functions beyond a number share one series, one that was silent for an hour makes room for another,
 and times are kept as counts on a logarithmic scale, so that a quantile is right within a few percent however many they
 were. Sums over the hour are kept as buckets come and go; nothing is added up when somebody looks.
+
+A function is its name and its tenant: what a name did for its former owner is not told to the next.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import msgspec
 
 BUCKET_S = 10
 NUM_BUCKETS = 360
-OTHERS = ""  # the series of functions beyond the cap, and of what belongs to no function
+MINUTE = 6  # buckets that a function's series has in one
+Who = tuple[str, str | None]  # a function's name and its tenant
+OTHERS: Who = ("", None)  # the series of functions beyond the cap, and of what belongs to no function
 
 _STEP = math.log(1.1)  # from one class of times to the next
 _SHORTEST_S = 1e-4
@@ -184,7 +188,7 @@ class History:
 
     def __init__(
         self,
-        max_functions: int = 64,
+        max_functions: int = 384,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -193,37 +197,41 @@ class History:
         self._clock = clock
         self._wall_clock = wall_clock
         self._all = Series()
-        self._functions: dict[str, Series] = {}
+        self._functions: dict[Who, Series] = {}
 
     # --- telling
 
-    def first_token(self, function: str, seconds: float) -> None:
+    def first_token(self, function: Who, seconds: float) -> None:
         for bucket in self._now(function):
             bucket.ttft.observe(seconds)
 
-    def cold(self, function: str, rung: str, seconds: float) -> None:
+    def cold(self, function: Who, rung: str, seconds: float) -> None:
         for bucket in self._now(function):
             bucket.colds.setdefault(rung, Times()).observe(seconds)
 
-    def ended(self, function: str, *, tokens: int, failed: bool) -> None:
+    def ended(self, function: Who, *, tokens: int, failed: bool) -> None:
         for bucket in self._now(function):
             bucket.requests += 1
             bucket.errors += failed
             bucket.tokens += tokens
 
-    def cost(self, function: str, money: float) -> None:
+    def cost(self, function: Who, money: float) -> None:
         for bucket in self._now(function):
             bucket.cost += money
 
     # --- asking
 
-    def summary(self, function: str) -> Summary:
+    def summary(self, function: Who) -> Summary | None:
+        """None: what it did is not known, because it is counted among others."""
+        number = self._number()
         series = self._functions.get(function)
-        if series is None or not series.expire(self._number()):
-            return Summary()
-        return series.sum().summary()
+        if series is not None:
+            return series.sum().summary() if series.expire(number) else Summary()
+        others = self._functions.get(OTHERS)
+        is_among_others = others is not None and others.expire(number) and others.sum().requests
+        return None if is_among_others else Summary()
 
-    def total(self, functions: Iterable[str] | None = None) -> tuple[Summary, list[Point]]:
+    def total(self, functions: Iterable[Who] | None = None) -> tuple[Summary, list[Point]]:
         """Of everything, or of these functions as far as they have a series: the hour, and its buckets."""
         chosen = [self._all] if functions is None else [self._functions[f] for f in functions if f in self._functions]
         number = self._number()
@@ -240,11 +248,11 @@ class History:
     def _number(self) -> int:
         return int(self._clock() / BUCKET_S)
 
-    def _now(self, function: str) -> tuple[Bucket, Bucket]:
+    def _now(self, function: Who) -> tuple[Bucket, Bucket]:
         number = self._number()
-        return self._all.now(number), self._series(function, number).now(number)
+        return self._all.now(number), self._series(function, number).now(number - number % MINUTE)
 
-    def _series(self, function: str, number: int) -> Series:
+    def _series(self, function: Who, number: int) -> Series:
         if (series := self._functions.get(function)) is not None:
             return series
         if function != OTHERS and len(self._functions) >= self._max_functions:

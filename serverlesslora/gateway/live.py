@@ -22,6 +22,8 @@ from serverlesslora.gateway.live_state import LiveBackbone, LiveFunction, LiveMe
 from serverlesslora.gateway.page_files import page_routes
 from serverlesslora.tenancy.key import Grant
 
+FRESH_S = 0.5  # how long one reading is good for; so many viewers cost no more than two of each kind per second
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -36,7 +38,7 @@ class ShownFunction(msgspec.Struct, frozen=True, omit_defaults=True):
     pinned: bool = False
     size_bytes: int = 0
     open_requests: int = 0
-    requests: int = 0
+    requests: int | None = 0  # None: not counted for itself, see `History`
     errors: int = 0
     tokens: int = 0
     cost: float = 0.0
@@ -94,7 +96,8 @@ class LivePage:
         self._history = history
         self._clock = clock
         self._wall_clock = wall_clock
-        self._began = clock()
+        self._began = self._read_at = clock()
+        self._readings: dict[Grant | None, bytes] = {}  # by who may see them
 
     def routes(self) -> list[Route]:
         return [*page_routes(), Route("/live", self.live, methods=["GET"], include_in_schema=False)]
@@ -105,7 +108,15 @@ class LivePage:
         return Response(content, headers={"cache-control": "no-store"}, media_type="application/json")
 
     def encoded(self, grant: Grant | None) -> bytes:
-        return _encode(self.document(grant))
+        now = self._clock()
+        if now - self._read_at >= FRESH_S:
+            self._readings.clear()
+            self._read_at = now
+        viewer = None if grant is None or grant.tenant is None else grant
+        content = self._readings.get(viewer)
+        if content is None:
+            content = self._readings[viewer] = _encode(self.document(viewer))
+        return content
 
     def document(self, grant: Grant | None) -> Document:
         state = self._backend.live()
@@ -119,7 +130,7 @@ class LivePage:
             own = {each.domain for each in functions} - hidden
             workers = tuple(_without_process(each) for each in state.workers if each.domain in own)
             bases = [each.name for each in state.backbones] if grant.may_ask_backbones else []
-            hour, points = self._history.total([each.name for each in functions])
+            hour, points = self._history.total([(each.name, each.tenant) for each in functions])
             tenant, whole = grant.tenant, None
         return Document(
             at=round(self._wall_clock(), 3),
@@ -142,7 +153,8 @@ class LivePage:
         return Whole(stats.running, stats.waiting, state.backbones, state.memory)
 
     def _shown(self, function: LiveFunction) -> ShownFunction:
-        hour = self._history.summary(function.name)
+        known = self._history.summary((function.name, function.tenant))
+        hour = known or Summary()
         return ShownFunction(
             name=function.name,
             backbone=function.backbone,
@@ -152,7 +164,7 @@ class LivePage:
             pinned=function.pinned,
             size_bytes=function.size_bytes,
             open_requests=function.open_requests,
-            requests=hour.requests,
+            requests=hour.requests if known else None,
             errors=hour.errors,
             tokens=hour.tokens,
             cost=hour.cost,

@@ -6,10 +6,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-# hot: loaded in a worker that serves; ram: in that worker's host memory, not on the device; disk: the worker would have
-# to read it first; cold: no worker serves its domain.
-FunctionState = Literal["hot", "ram", "disk", "cold"]
-FUNCTION_STATES: tuple[FunctionState, ...] = ("hot", "ram", "disk", "cold")
+# hot: loaded in a worker that serves; disk: that worker would have to read it first; cold: no worker serves its domain.
+FunctionState = Literal["hot", "disk", "cold"]
 
 
 class LiveFunction(msgspec.Struct, frozen=True):
@@ -77,10 +75,10 @@ class LiveState(msgspec.Struct, frozen=True):
 
 
 class Spending(Protocol):
-    """Hears of money and memory when they are written down; who belongs to no function alone has the name ""."""
+    """Hears of money and memory when they are written down; what belongs to no function alone has the name ""."""
 
-    def spent(self, function: str, device: float, charged: float | None) -> None:
+    def spent(self, function: str, tenant: str | None, device: float, charged: float | None) -> None:
         """One request, in the price file's currency."""
 
-    def held(self, function: str, kind: str, byte_s: float, money: float) -> None:
+    def held(self, function: str, tenant: str | None, kind: str, byte_s: float, money: float) -> None:
         """One stretch of memory."""

@@ -14,7 +14,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from serverlesslora.gateway.backend import BackendStats, Cold, GenerationRequest
-from serverlesslora.gateway.history import History
+from serverlesslora.gateway.history import History, Who
 from serverlesslora.gateway.journal import current_journal
 from serverlesslora.gateway.metrics_views import Aliases, State
 from serverlesslora_ipc.messages import Delta, Finished
@@ -124,29 +124,30 @@ class Metrics:
         self._labels.add(function)
         return function
 
-    def record(self, function: str) -> RequestRecord:
-        return RequestRecord(self, function, self.label(function))
+    def record(self, function: str, tenant: str | None = None) -> RequestRecord:
+        """`tenant`: whose function it is."""
+        return RequestRecord(self, (function, tenant), self.label(function))
 
-    def asked(self, generations: Iterable[GenerationRequest]) -> None:
+    def asked(self, function: str, generations: Iterable[GenerationRequest]) -> None:
         """What clients ask for, whatever becomes of it."""
+        label = self.label(function)
         for each in generations:
-            label = self.label(each.model)
             self.asked_n.labels(label).observe(each.n)
             if each.sampling.max_tokens is not None:
                 self.asked_tokens.labels(label).observe(each.sampling.max_tokens)
 
-    def spent(self, function: str, device: float, charged: float | None) -> None:
+    def spent(self, function: str, tenant: str | None, device: float, charged: float | None) -> None:
         label = self.label(function)
         self.costs.labels(label, "device").inc(device)
         if charged is not None:
             self.costs.labels(label, "charged").inc(charged)
-        self.history.cost(function, device)
+        self.history.cost((function, tenant), device)
 
-    def held(self, function: str, kind: str, byte_s: float, money: float) -> None:
+    def held(self, function: str, tenant: str | None, kind: str, byte_s: float, money: float) -> None:
         label = self.label(function)
         self.residency.labels(label, kind).inc(byte_s)
         self.costs.labels(label, "memory").inc(money)
-        self.history.cost(function, money)
+        self.history.cost((function, tenant), money)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)
@@ -175,7 +176,7 @@ class _Prompt:
 class RequestRecord:
     """The numbers of one request, counted while it runs. `delta` is called for every token of every stream."""
 
-    def __init__(self, metrics: Metrics, function: str, label: str) -> None:
+    def __init__(self, metrics: Metrics, function: Who, label: str) -> None:
         self._metrics = metrics
         self._function = function
         self._label = label
@@ -199,17 +200,18 @@ class RequestRecord:
         of = self._prompts.get(prompt)
         if of is None:
             of = self._began(prompt, delta, now)
-        index = delta.index
-        if index in of.last:
-            self._observe_inter_token(now - of.last[index])
-        of.last[index] = now
+        if delta.token_ids:  # the end of a prompt that was only echoed or scored has none
+            index = delta.index
+            if index in of.last:
+                self._observe_inter_token(now - of.last[index])
+            of.last[index] = now
         if delta.finish_reason is not None:
             of.reason = delta.finish_reason
             self._journal.finish_reasons.append(delta.finish_reason)
             self._metrics.choices.labels(self._label, delta.finish_reason).inc()
 
     def _began(self, prompt: int, delta: Delta, now: float) -> _Prompt:
-        if not self._prompts:
+        if delta.token_ids and not self._prompts:
             self._journal.first_token()
             self._metrics.first_token.labels(self._label).observe(now - self._arrived)
             self._metrics.history.first_token(self._function, now - self._arrived)
@@ -229,7 +231,7 @@ class RequestRecord:
         metrics.queue.labels(label).observe(finished.queue_s)
         metrics.prompt_size.labels(label).observe(finished.prompt_tokens)
         metrics.output_size.labels(label).observe(finished.completion_tokens)
-        if of is None:
+        if of is None or not of.last:
             return
         decode_s = max(of.last.values()) - of.first
         metrics.decode.labels(label).observe(decode_s)

@@ -12,6 +12,8 @@ from prometheus_client.samples import Sample
 
 from serverlesslora.gateway.backend import BackendStats
 
+LORA_NAMES = 200  # that one label of vllm:lora_requests_info may list
+
 
 class State(Collector):
     def __init__(self, stats: Callable[[], BackendStats], wall_clock: Callable[[], float] = time.time) -> None:
@@ -54,8 +56,8 @@ class State(Collector):
         """One set of labels only, whose value is the time it came to be: nobody has to guess which one is true."""
         names = {
             "max_lora": str(stats.max_adapters),
-            "running_lora_adapters": ",".join(stats.running_adapters),
-            "waiting_lora_adapters": ",".join(stats.waiting_adapters),
+            "running_lora_adapters": ",".join(stats.running_adapters[:LORA_NAMES]),
+            "waiting_lora_adapters": ",".join(stats.waiting_adapters[:LORA_NAMES]),
         }
         if (adapters := tuple(names.values())) != self._adapters:
             self._adapters, self._changed_at = adapters, self._wall_clock()

@@ -63,6 +63,10 @@ class Stay:
         while self._permits:
             self._permits.pop().leave()
 
+    def undo(self) -> None:
+        while self._permits:
+            self._permits.pop().undo()
+
 
 class Quotas:
     def __init__(self, tenants: Mapping[str, Limits], limiter: Limiter | None = None) -> None:
@@ -83,7 +87,7 @@ class Quotas:
                     self._limiter.enter(f"function:{card.name}", card.limits, whose=f"The function {card.name!r}")
                 )
         except RateLimited:
-            stay.leave()
+            stay.undo()  # a function at its limit must not use up its tenant's rate
             raise
         return stay
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from serverlesslora import logs
 from serverlesslora.config import ServerConfig
 from serverlesslora.errors import ConfigError
 from serverlesslora.gateway.admin import create_admin_app
@@ -44,6 +45,7 @@ class HttpListener(uvicorn.Server):
                 http=watched(HEADER_TIMEOUT_S, max_connections),
                 log_config=None,
                 access_log=False,
+                server_header=False,
                 lifespan="off",
                 timeout_keep_alive=30,
                 ws="none",
@@ -113,6 +115,7 @@ class Server:
         """Serve until a signal. Raises ConfigError when a backbone or configured function cannot be served, or the
         API keys cannot be read."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(logs.report_unseen)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         listeners = [listener for listener in (self.api, self.admin) if listener]

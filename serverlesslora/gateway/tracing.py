@@ -194,6 +194,8 @@ def _told_once(exporter: SpanExporter, url: str) -> SpanExporter:
     """The same exporter, which says when the collector stops taking spans and when it takes them again."""
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+    url = urlsplit(url)._replace(netloc=urlsplit(url).netloc.rpartition("@")[2], query="").geturl()  # as it may be told
+
     class ToldOnce(SpanExporter):
         is_failing = False
 

@@ -93,6 +93,12 @@ class Permit:
         """What it really took, prompt and output; until this is said it is nothing."""
         self._used += tokens
 
+    def undo(self) -> None:
+        """As if it had never come in."""
+        if self._is_open and self._account.requests is not None:
+            self._account.requests.take(-1, self._clock())
+        self.leave()
+
     def leave(self) -> None:
         if not self._is_open:
             return

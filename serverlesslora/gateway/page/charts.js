@@ -78,7 +78,7 @@ export class Chart {
     const parts = [];
     for (const line of lines) {
       parts.push(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(line), y2: y(line) }));
-      if (line > lines[0]) parts.push(svg("text", { class: "tick", x: MARGIN.left, y: y(line) - 3 }, this.format(line)));
+      if (line > 0) parts.push(svg("text", { class: "tick", x: MARGIN.left, y: y(line) - 3 }, this.format(line)));
     }
     const steps = width < 260 || (to - from) % 1200 ? 2 : 4;
     for (let place = 0; place <= steps; place++) {
@@ -132,7 +132,7 @@ export class Chart {
     return value === null || value === undefined ? "–" : this.format(value);
   }
 
-  tell(point, when = "") {
+  tell(point, when = "latest") {
     const entries = this.series.map((one, index) =>
       el("span", {}, el("i", { class: `swatch ${one.color}` }), `${one.name} `, el("b", {}, this.valueText(point.values[index]))),
     );

@@ -6,7 +6,7 @@ const short = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 export const count = (value) => (value < 1e6 ? plain.format(value) : `${short.format(value / 1e6)} M`);
 export const counted = (value, one, many) => `${count(value)} ${value === 1 ? one : many}`;
 export const percent = (share) => `${short.format(100 * share)} %`;
-export const perSecond = (value) => `${short.format(value)}/s`;
+export const perSecond = (value, what) => `${short.format(value)} ${what}/s`;
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
@@ -34,7 +34,7 @@ export function money(value, currency) {
   if (!currency) return "–";
   if (value === 0) return `0 ${currency}`;
   const digits = new Intl.NumberFormat("en", value < 0.01 ? { maximumSignificantDigits: 2 } : { maximumFractionDigits: value < 1 ? 3 : 2 });
-  return value < 1e-4 ? `${short.format(Number((value * 1e6).toPrecision(2)))} µ${currency}` : `${digits.format(value)} ${currency}`;
+  return value < 0.9995e-3 ? `${short.format(Number((value * 1e6).toPrecision(2)))} µ${currency}` : `${digits.format(value)} ${currency}`;
 }
 
 export const clock = (unixS) => new Date(unixS * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });

@@ -148,7 +148,7 @@ export class Playground {
       ["First token", took.first === null ? "–" : seconds((took.first - took.began) / 1000)],
       ["Met", cold ?? "–"],
       ["Tokens", count(tokens)],
-      ["Speed", tokens > 1 && spanS > 0 ? perSecond((tokens - 1) / spanS) : "–"],
+      ["Speed", tokens > 1 && spanS > 0 ? perSecond((tokens - 1) / spanS, "tokens") : "–"],
       ["Ended", took.reason ?? (this.answer.dataset.state === "aborted" ? "aborted" : "–")],
     ];
     byId("facts").replaceChildren(...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));

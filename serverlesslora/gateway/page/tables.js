@@ -4,10 +4,9 @@ import { byId, el, KeyedTable, setHidden, setText } from "./elements.js";
 import { age, bytes, count, counted, money, percent, seconds } from "./numbers.js";
 
 const ROWS = 100; // a page is read by people; who looks for one of a thousand filters
-const STATES = { hot: 0, ram: 1, disk: 2, cold: 3 };
+const STATES = { hot: 0, disk: 1, cold: 2 };
 const STATE_HINTS = {
   hot: "its adapter is loaded in a worker that serves",
-  ram: "its worker serves; the adapter lies in host memory, not on the device",
   disk: "its worker serves; the adapter is read with the next request",
   cold: "no worker; the next request starts one",
 };
@@ -47,10 +46,10 @@ export class Functions {
         { title: "Version", class: "optional", text: (f) => f.version ?? "–" },
         { title: "Tenant", class: "optional name", text: (f) => f.tenant ?? "–" },
         { title: "Open", class: "number optional", text: (f) => count(f.open_requests ?? 0) },
-        { title: "Requests", class: number, text: (f) => count(f.requests ?? 0) },
+        { title: "Requests", class: number, text: (f) => (f.requests === null ? "–" : count(f.requests ?? 0)) },
         { title: "TTFT p50", class: number, text: (f) => seconds(f.ttft_p50) },
-        { title: "p95", class: number, text: (f) => seconds(f.ttft_p95) },
-        { title: "Cost", class: "number optional", text: (f) => money(f.cost ?? 0, this.currency) },
+        { title: "p95", class: "number optional", text: (f) => seconds(f.ttft_p95) },
+        { title: "Cost", class: "number optional", text: (f) => (f.requests === null ? "–" : money(f.cost ?? 0, this.currency)) },
       ],
       "Functions, their state and their last hour",
     );
@@ -182,8 +181,10 @@ export function showMemory(data) {
   setHidden(byId("memory-panel"), !data.server);
   if (!data.server) return;
   const { capacity_bytes: capacity, parts, measured_bytes: measured } = data.server.memory;
-  const key = JSON.stringify([capacity, parts, measured]);
   const place = byId("memory");
+  const width = place.clientWidth;
+  const { backbones } = data.server;
+  const key = JSON.stringify([capacity, parts, measured, width, backbones.map((b) => b.workers)]);
   if (place.dataset.key === key) return;
   place.dataset.key = key;
   const held = parts.reduce((sum, part) => sum + part.size_bytes, 0);
@@ -203,15 +204,18 @@ export function showMemory(data) {
     if (!size) continue;
     const group = el("div", { class: `group ${kind}` });
     group.style.flexGrow = size;
-    for (const part of mine) {
+    const copies = backbones.reduce((sum, b) => sum + b.workers, 0);
+    const note = kind === "backbone" ? `one copy ${mine.length > 1 ? "each" : "for all"}, mapped by ${counted(copies, "worker", "workers")}` : counted(mine.length, "piece", "pieces");
+    const isTiny = (width * size) / held < 4 * mine.length; // pixels; the group is drawn as one
+    for (const part of kind === "backbone" || !isTiny ? mine : [{ name: note, size_bytes: size }]) {
       const piece = el("div", { class: "piece", title: `${title}: ${part.name}, ${bytes(part.size_bytes)}` });
       piece.style.flexGrow = part.size_bytes;
-      if (part.size_bytes / held > 0.06) piece.append(el("b", {}, nameOf(part)), el("span", {}, bytes(part.size_bytes)));
+      const sharers = backbones.find((b) => kind === "backbone" && b.name === part.name)?.workers;
+      if (kind === "backbone") piece.append(el("b", {}, `${nameOf(part)}, ${bytes(part.size_bytes)}`), el("span", {}, `shared by ${counted(sharers ?? 0, "worker", "workers")}`));
+      else if ((width * part.size_bytes) / held > 74) piece.append(el("b", {}, nameOf(part)), el("span", {}, bytes(part.size_bytes)));
       group.append(piece);
     }
     map.append(group);
-    const copies = data.server.backbones.reduce((sum, b) => sum + b.workers, 0);
-    const note = kind === "backbone" ? `one copy each, mapped by ${counted(copies, "worker", "workers")}` : counted(mine.length, "piece", "pieces");
     legend.append(el("li", {}, el("i", { class: `swatch ${kind}` }), `${title} `, el("b", {}, bytes(size)), el("span", { class: "quiet" }, note)));
   }
   const kernel = measured ? el("p", { class: "quiet" }, `The kernel counts ${bytes(measured)}.`) : null;
