@@ -11,7 +11,7 @@ ARG VARIANT=cpu
 # Any base with Python 3.11 on the path. torch's own wheels bring CUDA: a CUDA base would bring it a second time.
 ARG BASE=python:3.11-slim-bookworm
 
-# --- what the server needs, without the server: this stage changes only when pyproject.toml does ---
+# --- what the server needs, without the server: this stage changes only when pyproject.toml or the versions do ---
 # Bytecode is compiled here, because nothing can be written later, and never compared with its source's time, which
 # copying from stage to stage changes: with stale bytecode every start compiles its libraries again. `-f` also replaces
 # what the check of torch wrote.
@@ -32,7 +32,7 @@ RUN apt-get update -qq; \
     python3.11 -m venv /build; \
     python3.11 -m venv --without-pip /opt/serverlesslora
 WORKDIR /source
-COPY pyproject.toml ./
+COPY pyproject.toml deploy/constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=ca.crt,target=/run/ca.crt \
     if [ -s /run/ca.crt ]; then export PIP_CERT=/run/ca.crt; fi; \
     case "$VARIANT" in \
@@ -45,7 +45,7 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 print(*project["dependencies"], *(r for e in sys.argv[1:] for r in project["optional-dependencies"][e]), sep="\n")' \
         $extras > requirements.txt; \
     /build/bin/pip --python /opt/serverlesslora/bin/python install --quiet --no-compile \
-        "torch==$torch" -r requirements.txt; \
+        "torch==$torch" -r requirements.txt -c constraints.txt; \
     /opt/serverlesslora/bin/python -c 'import sys, torch; \
 built = "cuda" if torch.version.cuda else "cpu"; \
 sys.exit(0 if built == sys.argv[1] else f"torch {torch.__version__} is a build for {built}, asked was {sys.argv[1]}")' \
@@ -70,8 +70,8 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=secret,id=
         --prefix /application /wheel/serverlesslora-*.whl; \
     /opt/serverlesslora/bin/python -m compileall -q --invalidation-mode unchecked-hash /application; \
     export PYTHONPATH=/application/lib/python3.11/site-packages PYTHONDONTWRITEBYTECODE=1; \
-    XDG_CACHE_HOME=/application/cache /opt/serverlesslora/bin/python -m serverlesslora_kernels.native; \
-    mkdir -p /application/cache /state/huggingface; \
+    /opt/serverlesslora/bin/python -m serverlesslora_kernels.native --portable; \
+    mkdir -p /state/huggingface; \
     chmod -R a+rX /application
 
 # --- what is shipped: no compiler, no pip, no sources ---
@@ -105,15 +105,14 @@ COPY --from=application /application /opt/serverlesslora
 COPY deploy/server.toml /etc/serverlesslora/server.toml
 COPY --from=application --chown=10001:10001 /state /var/lib/serverlesslora
 
-# The root file system may be read-only. XDG_CACHE_HOME holds the compiled kernels and nothing is ever written there:
-# what is written has a variable of its own and goes to the state volume, or to /tmp (a tmpfs).
+# The root file system may be read-only: what is written goes to the state volume, or to /tmp (a tmpfs).
 ENV PATH=/opt/serverlesslora/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/serverlesslora \
     HF_HOME=/var/lib/serverlesslora/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 \
     TRITON_CACHE_DIR=/var/lib/serverlesslora/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
-    XDG_CACHE_HOME=/opt/serverlesslora/cache \
+    XDG_CACHE_HOME=/tmp/cache \
     SERVERLESSLORA_CONFIG=/etc/serverlesslora/server.toml \
     SERVERLESSLORA_STATE_DIR=/var/lib/serverlesslora \
     SERVERLESSLORA_HOST=0.0.0.0 \
@@ -125,7 +124,8 @@ WORKDIR /var/lib/serverlesslora
 VOLUME /var/lib/serverlesslora
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=6s --start-period=600s --retries=3 \
+# /health answers as soon as the gateway listens, however long a backbone takes to load.
+HEALTHCHECK --interval=10s --timeout=6s --start-period=60s --retries=3 \
     CMD ["/opt/serverlesslora/bin/serverlesslora", "healthcheck"]
 # Exec form: the server itself is process 1 and SIGTERM reaches it. The admin API stays on the container's 127.0.0.1.
 ENTRYPOINT ["/opt/serverlesslora/bin/serverlesslora"]

@@ -31,6 +31,7 @@ OVERLAYS = ("cpu", "gpu")
 KUBERNETES = "1.31"
 STOPPING_S = 10.0  # after the drain: last bytes, workers, ledger
 UID = 10001
+STATE, SETTINGS, SCRATCH = "/var/lib/serverlesslora", "/etc/serverlesslora", "/tmp"  # as in the image
 # Custom resources have no schema here; these are their required fields.
 CUSTOM = {"ServiceMonitor": ("selector", "endpoints")}
 KNOWN = {"apiVersion", "kind", "resources", "configMapGenerator", "images", "patches", "components"}
@@ -170,6 +171,8 @@ def _pod_problems(pod: Object) -> Iterator[str]:
     spec, security = pod["spec"], pod["spec"].get("securityContext", {})
     if not security.get("runAsNonRoot") or security.get("runAsUser") != UID:
         yield f"the pod must run as {UID} and never as root"
+    if security.get("fsGroup") != UID:
+        yield f"a volume belongs to root; with fsGroup {UID} the server may write to it"
     if security.get("seccompProfile", {}).get("type") != "RuntimeDefault":
         yield "the pod has no RuntimeDefault system call filter"
     if spec.get("automountServiceAccountToken") is not False:
@@ -189,6 +192,8 @@ def _pod_problems(pod: Object) -> Iterator[str]:
             asked = container.get(probe, {}).get("httpGet", {}).get("path")
             if asked != path or asked not in known:
                 yield f"{name}: {probe} asks {asked}, expected {path}, which must be one of the application's routes"
+        paths = {mount["mountPath"] for mount in container.get("volumeMounts", ())}
+        yield from (f"{name}: nothing is mounted at {p}" for p in (STATE, SETTINGS, SCRATCH) if p not in paths)
         mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
         if missing := {volume["name"] for volume in spec.get("volumes", ())} - mounted:
             yield f"{name}: the volumes {sorted(missing)} are nowhere mounted"
@@ -201,7 +206,7 @@ def _image_problems(image: str, whose: str) -> Iterator[str]:
 
 
 def compose_problems(compose: Object, config: ServerConfig) -> list[str]:
-    found = list(_compose_schema_problems(compose))
+    found = [*_compose_schema_problems(compose), *_file_problems(compose)]
     for name, service in compose["services"].items():
         found += _image_problems(service["image"], name)
         if not service.get("read_only") or service.get("cap_drop") != ["ALL"]:
@@ -215,12 +220,40 @@ def compose_problems(compose: Object, config: ServerConfig) -> list[str]:
             given = [v["source"] if isinstance(v, dict) else v.partition(":")[0] for v in service.get(kind, ())]
             named = [v for v in given if re.fullmatch(r"[a-z_]+", v)]
             found += [f"{name}: {kind} has no {v}" for v in named if v not in compose.get(kind, {})]
+        if service.get("read_only"):
+            found += [
+                f"{name}: {kind}: {given} must be a file, engines put nothing else into a read-only service"
+                for kind in ("configs", "secrets")
+                for given in service.get(kind, ())
+                if _is_inline(compose, kind, given)
+            ]
         if "build" in service:
             grace_s = float(service["stop_grace_period"].removesuffix("s"))
             found += _time_problems(grace_s, config, f"{name}: stop_grace_period")
+            targets = [volume.split(":")[1] for volume in service.get("volumes", ())]
+            targets += [each.partition(":")[0] for each in service.get("tmpfs", ())]
+            found += [f"{name}: nothing is mounted at {path}" for path in (STATE, SCRATCH) if path not in targets]
             if service.get("user") != f"{UID}:{UID}" or "healthcheck" not in service:
                 found.append(f"{name}: it must run as {UID} and have a health check")
     return found
+
+
+def _is_inline(compose: Object, kind: str, given: Any) -> bool:
+    source = given["source"] if isinstance(given, dict) else given
+    return "file" not in compose.get(kind, {}).get(source, {"file": "reported as missing"})
+
+
+def _file_problems(compose: Object) -> Iterator[str]:
+    for kind in ("configs", "secrets"):
+        for name, each in compose.get(kind, {}).items():
+            path = each.get("file", "")
+            if path.startswith("./") and not (ROOT / path).is_file():
+                yield f"{kind}: the file {path} of {name} is not there"
+    for name, service in compose["services"].items():
+        for volume in service.get("volumes", ()):
+            path = volume.partition(":")[0] if isinstance(volume, str) else volume["source"]
+            if path.startswith("./") and not (ROOT / path).exists():
+                yield f"{name}: the volume {path} is not there, engines make it an empty folder"
 
 
 def _compose_schema_problems(compose: Object) -> Iterator[str]:

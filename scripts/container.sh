@@ -15,7 +15,9 @@ buildah, debootstrap, util-linux and iproute2, about 5 GB of disk and some minut
   --context DIR        where the sources are (default: this repository)
   --work DIR           where everything is made (default: a new directory in /var/tmp, removed at the end)
   --mirror URL         Debian mirror (default: this machine's apt)
-  --keep               keep the work directory and reuse its base next time
+  --keep               keep the work directory: the next build starts from its layers
+  --reuse              try the image that lies in --work as it is; nothing is built, and it stays there
+  --cold               take the image's files out of the page cache first: a start that reads them from the disk
   --json FILE          write the result there too
   --help
 
@@ -30,7 +32,7 @@ fail() {
 }
 
 here=$(cd "$(dirname "$0")" && pwd)
-variant=cpu context=$(dirname "$here") work="" mirror="" keep="" json=""
+variant=cpu context=$(dirname "$here") work="" mirror="" keep="" json="" reuse="" cold=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --variant | --context | --work | --mirror | --json)
@@ -39,12 +41,15 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --keep) keep=yes ;;
+        --reuse) reuse=yes keep=yes ;;
+        --cold) cold=yes ;;
         --help | -h) usage && exit 0 ;;
         *) fail "unknown option $1; see --help" ;;
     esac
     shift
 done
 case "$variant" in cpu | cuda) ;; *) fail "--variant is cpu or cuda, not $variant" ;; esac
+[ -z "$reuse" ] || [ -d "$work" ] || fail "--reuse needs --work with the directory of a build that was kept (--keep)"
 for tool in buildah debootstrap unshare nsenter setpriv ip python3; do
     command -v "$tool" >/dev/null || fail "$tool is missing: apt-get install buildah debootstrap util-linux iproute2 python3"
 done
@@ -53,20 +58,37 @@ done
 if [ -z "$work" ]; then work=$(mktemp -d /var/tmp/serverlesslora-container.XXXXXX); else mkdir -p "$work"; fi
 work=$(cd "$work" && pwd)
 image="localhost/serverlesslora:$variant"
-# vfs copies every layer in full, so stages are committed whole (no --layers).
-tool=(nice -n 10 buildah --root "$work/store" --runroot "$work/run" --storage-driver vfs)
+
+say() { echo "== $*" >&2; }
+
+# Layers are kept where the kernel stacks them; vfs would copy each in full, so there stages are committed whole.
+stacks() {
+    local at="$work/overlay" works=0
+    mkdir -p "$at"/{lower,upper,work,merged}
+    mount -t overlay overlay -o "lowerdir=$at/lower,upperdir=$at/upper,workdir=$at/work" "$at/merged" 2>/dev/null \
+        && umount "$at/merged" || works=1
+    rm -rf "$at"
+    return "$works"
+}
+driver=vfs layers=()
+if stacks; then driver=overlay layers=(--layers); fi
+tool=(nice -n 10 buildah --root "$work/store" --runroot "$work/run" --storage-driver "$driver")
 container=""
 
 cleanup() {
     [ -z "$container" ] || "${tool[@]}" rm "$container" >/dev/null || true
-    [ -n "$keep" ] || rm -rf --one-file-system "$work"
+    [ -z "$keep" ] || return 0
+    "${tool[@]}" rm --all >/dev/null || true
+    ! mountpoint -q "$work/store/overlay" || umount "$work/store/overlay"
+    rm -rf --one-file-system "$work"
 }
 trap cleanup EXIT
 
-say() { echo "== $*" >&2; }
-
 # --- the base: Debian with Python and certificates ---
-if ! "${tool[@]}" inspect --type image localhost/debian-base >/dev/null 2>&1; then
+exists() { "${tool[@]}" inspect --type image "$1" >/dev/null 2>&1; }
+if [ -n "$reuse" ]; then
+    exists "$image" || fail "there is no image $image in $work; build it with --keep --work $work"
+elif ! exists localhost/debian-base; then
     say "base by debootstrap"
     if [ -z "$mirror" ]; then
         mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' \
@@ -85,7 +107,8 @@ if ! "${tool[@]}" inspect --type image localhost/debian-base >/dev/null 2>&1; th
     rm -rf "$work/base"
 fi
 
-# --- how this machine's pip finds packages, for the build only ---
+# --- how this machine's pip finds packages, for the build only; an address may name an account ---
+install -m 600 /dev/null "$work/pip.conf"
 python3 -m pip config list | python3 -c '
 import ast, sys
 found = {}
@@ -107,14 +130,17 @@ while read -r folder; do
 done < <(sed 's/^[^=]*= //' "$work/pip.conf" | tr ' ' '\n' | sed -n 's,^\(file://\)\?\(/..*\),\2,p' | sort -u)
 
 # --- the image ---
-say "image ($variant)"
-began=$SECONDS
-version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$context/serverlesslora/__init__.py")
-"${tool[@]}" bud --isolation chroot --format docker --pull-never --tag "$image" \
-    --build-arg BASE=localhost/debian-base --build-arg "VARIANT=$variant" --build-arg "VERSION=$version" \
-    "${secrets[@]}" "${mounts[@]}" "$context" >"$work/build.log" 2>&1 \
-    || fail "the build failed: $(grep -v '^WARNING' "$work/build.log" | tail -15)"
-build_s=$((SECONDS - began))
+build_s=null
+if [ -z "$reuse" ]; then
+    say "image ($variant)"
+    began=$SECONDS
+    version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$context/serverlesslora/__init__.py")
+    "${tool[@]}" bud --isolation chroot --format docker --pull-never "${layers[@]}" --force-rm --tag "$image" \
+        --build-arg BASE=localhost/debian-base --build-arg "VARIANT=$variant" --build-arg "VERSION=$version" \
+        "${secrets[@]}" "${mounts[@]}" "$context" >"$work/build.log" 2>&1 \
+        || fail "the build failed: $(grep -v '^WARNING' "$work/build.log" | tail -15)"
+    build_s=$((SECONDS - began))
+fi
 
 container=$("${tool[@]}" from --pull-never "$image")
 root=$("${tool[@]}" mount "$container")
@@ -150,12 +176,12 @@ python3 -c 'import json, sys; json.dump(json.load(open(sys.argv[1]))["Docker"]["
 status=0
 unshare --mount --propagation private python3 "$here/container_trial.py" --root "$root" \
     --image-config "$work/config.json" --log "$work/server.log" \
-    $([ ! -e "$seccomp" ] || echo --seccomp "$seccomp") >"$work/trial.json" || status=$?
+    ${cold:+--cold} $([ ! -e "$seccomp" ] || echo --seccomp "$seccomp") >"$work/trial.json" || status=$?
 [ "$status" = 0 ] || tail -20 "$work/server.log" >&2
 python3 -c '
 import json, sys
 result = json.load(open(sys.argv[1]))
-result["setup"] |= {"variant": sys.argv[2], "build_s": int(sys.argv[3]), "size_mib": json.loads(sys.argv[4])}
+result["setup"] |= {"variant": sys.argv[2], "build_s": json.loads(sys.argv[3]), "size_mib": json.loads(sys.argv[4])}
 print(json.dumps(result))
 ' "$work/trial.json" "$variant" "$build_s" "$sizes" | tee ${json:+"$json"}
 say "$(python3 -c 'import json, sys; r = json.load(open(sys.argv[1])); print(r["passed"], "passed,", r["failed"], "failed")' \

@@ -23,6 +23,7 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _LAST_CAPABILITY = Path("/proc/sys/kernel/cap_last_cap")
 _MOUNTED = ("proc", "sys", "dev", "tmp")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_LINKS = {"fd": "/proc/self/fd", **{name: f"/proc/self/fd/{n}" for n, name in enumerate(("stdin", "stdout", "stderr"))}}
 
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000  # SCMP_ACT_ALLOW, SCMP_ACT_ERRNO(0)
 _ENOSYS = 38
@@ -130,9 +131,11 @@ def _mount_all(root: Path, cell: Cell) -> None:
         number = os.stat(f"/dev/{name}").st_rdev
         os.mknod(root / "dev" / name, 0o666 | stat.S_IFCHR, number)
         os.chmod(root / "dev" / name, 0o666)
+    for name, target in _LINKS.items():
+        (root / "dev" / name).symlink_to(target)
     (root / "dev/shm").mkdir()
     _mount("-t", "tmpfs", "shm", root / "dev/shm", "-o", "mode=1777,nosuid,nodev,noexec,size=64m")
-    _mount("-t", "tmpfs", "tmp", root / "tmp", "-o", "mode=1777,nosuid,nodev,size=64m")
+    _mount("-t", "tmpfs", "tmp", root / "tmp", "-o", "mode=1777,nosuid,nodev,noexec,size=64m")
     for path in cell.writable:
         _mount("-t", "tmpfs", "state", root / path.lstrip("/"), "-o", f"mode=700,nosuid,nodev,{owner}")
     _mount("-o", "remount,ro,nosuid,nodev,bind", root)

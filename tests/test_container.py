@@ -204,6 +204,8 @@ BREAKINGS: dict[str, tuple[Breaking, str]] = {
     ),
     "root": (lambda o: pod_spec(o)["securityContext"].pop("runAsNonRoot"), "never as root"),
     "writable": (lambda o: pod_spec(o)["containers"][0]["securityContext"].pop("readOnlyRootFilesystem"), "read-only"),
+    "volume's owner": (lambda o: pod_spec(o)["securityContext"].pop("fsGroup"), "fsGroup 10001"),
+    "no scratch": (lambda o: pod_spec(o)["containers"][0]["volumeMounts"].pop(), "nothing is mounted at /tmp"),
     "config": (lambda o: pod_spec(o)["volumes"][0]["configMap"].update(name="other"), "which is not there"),
 }
 
@@ -244,6 +246,9 @@ def test_an_unknown_setting_in_the_config_map_is_refused(checks: ModuleType) -> 
         ({"secrets": ["other"]}, "secrets has no other"),
         ({"user": "0:0"}, "must run as 10001"),
         ({"security_opt": []}, "no-new-privileges"),
+        ({"tmpfs": []}, "nothing is mounted at /tmp"),
+        ({"volumes": ["./nowhere:/x:ro"]}, "./nowhere is not there"),
+        ({"configs": ["written"]}, "must be a file"),
     ],
 )
 def test_what_is_wrong_with_the_composition_is_found(checks: ModuleType, change: dict[str, Any], sentence: str) -> None:
@@ -251,8 +256,67 @@ def test_what_is_wrong_with_the_composition_is_found(checks: ModuleType, change:
     config = checks.settings_of((ROOT / "deploy" / "server.toml").read_text())
     assert checks.compose_problems(compose, config) == []
     changed = copy.deepcopy(compose)
+    changed["configs"]["written"] = {"content": "here"}
     changed["services"]["server"].update(change)
     assert sentence in "\n".join(checks.compose_problems(changed, config))
+
+
+def test_the_dashboard_finds_the_data_source_that_is_provisioned(checks: ModuleType) -> None:
+    [dashboard] = checks.load(ROOT / "dashboards" / "serverlesslora.json")
+    [provisioned] = checks.load(ROOT / "deploy" / "monitoring" / "datasource.yaml")
+    [source] = provisioned["datasources"]
+    [variable] = [v for v in dashboard["templating"]["list"] if v["type"] == "datasource"]
+    assert variable["query"] == source["type"] and source["isDefault"]
+    used = set(re.findall(r'"uid": "([^"]+)"', json.dumps(dashboard["panels"])))
+    assert used <= {f"${{{variable['name']}}}", source["uid"]}
+    [compose] = checks.load(ROOT / "compose.yaml")
+    [scrape] = checks.load(ROOT / "deploy" / "monitoring" / "prometheus.yml")
+    [targets] = [each["targets"] for each in scrape["scrape_configs"][0]["static_configs"]]
+    aliases = [compose["services"][name]["networks"]["default"]["aliases"] for name in ("server", "gpu")]
+    assert targets == ["server:8000"] and aliases == [["server"], ["server"]]
+
+
+# --- what is installed ---
+
+
+def test_the_image_gets_versions_that_the_package_asks_for() -> None:
+    versions = script("image_versions")
+    lines = [line for line in (ROOT / "deploy/constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    assert lines == sorted(lines) and not [name for name in pinned if name.startswith(versions.OWN)]
+    optional = versions.tomllib.loads(versions.PYPROJECT.read_text())["project"]["optional-dependencies"]
+    without = {versions.canonicalize_name(versions.Requirement(each).name) for each in optional["gcs"]} - {"fsspec"}
+    for requirement in versions.asked_for():
+        name = versions.canonicalize_name(requirement.name)
+        if not name.startswith(versions.OWN) and name not in without:
+            assert requirement.specifier.contains(pinned[name]), requirement
+
+
+def test_what_make_installs_for_these_tests_is_named(checks: ModuleType) -> None:
+    import tomllib
+
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    test = {re.split(r"[<>=;\[ ]", each)[0] for each in groups["test"] if isinstance(each, str)}
+    assert {"hatchling", "kubernetes-validate", "pyyaml", "jsonschema"} <= test
+    assert {"include-group": "test"} in groups["dev"] and "--group dev" in (ROOT / "Makefile").read_text()
+
+
+def test_cached_files_do_not_keep_a_backbone_out_of_a_container(tmp_path: Path) -> None:
+    from serverlesslora.backbone.loader import available_bytes
+
+    mib = 1 << 20
+    files = {
+        "proc/meminfo": f"MemTotal: {64 << 20} kB\nMemAvailable: {32 << 20} kB\n",
+        "sys/fs/cgroup/memory.max": f"{4096 * mib}\n",
+        "sys/fs/cgroup/memory.current": f"{3000 * mib}\n",
+        "sys/fs/cgroup/memory.stat": f"anon {500 * mib}\ninactive_file {2400 * mib}\nactive_file {100 * mib}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_bytes(tmp_path) == (4096 - 3000 + 2400) * mib
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 32 << 30
 
 
 # --- all of it ---
@@ -265,6 +329,8 @@ def test_the_script_says_what_it_needs() -> None:
         [ROOT / "scripts/container.sh", "--variant", "tpu"], capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 1 and "cpu or cuda, not tpu" in wrong.stderr
+    nothing = subprocess.run([ROOT / "scripts/container.sh", "--reuse"], capture_output=True, text=True, check=False)
+    assert nothing.returncode == 1 and "--work" in nothing.stderr
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ def exposed() -> dict[str, set[str]]:
     record.delta(0, Delta("r", 0, "b", (1,), finish_reason="stop"))
     record.finished(Finished("r", 1, 2, first_token_s=0.1))
     record.close(200)
-    metrics.spent("f", 1.0, 1.0)
-    metrics.held("f", "adapter", 1.0, 1.0)
+    metrics.spent("f", None, 1.0, 1.0)
+    metrics.held("f", None, "adapter", 1.0, 1.0)
     metrics.responses.labels("/v1/models", "200").inc()
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():

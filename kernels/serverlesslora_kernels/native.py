@@ -1,4 +1,8 @@
-"""Compiles the C kernels once per machine with the system compiler and loads them on torch's own OpenMP pool."""
+"""Compiles the C kernels once per machine with the system compiler and loads them on torch's own OpenMP pool.
+
+An image runs on machines that did not build it and have no compiler: it brings libraries built ahead for a few kinds of
+processor (`python -m serverlesslora_kernels.native --portable`), of which the best one that runs here is loaded.
+"""
 
 import ctypes
 import functools
@@ -12,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +24,25 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 # -fno-math-errno lets expf and friends vectorise; nothing here may assume away NaN, so never -ffast-math.
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
+COMMON_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
+FLAGS = ("-march=native", *COMMON_FLAGS)
 REQUIRED_CPU_FLAGS = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
+
+
+class Level(NamedTuple):
+    """A kind of processor that libraries are built for ahead."""
+
+    name: str
+    march: tuple[str, ...]  # for the compiler
+    needed: frozenset[str]  # what the compiler may use, in the words of /proc/cpuinfo
+
+
+_V4 = REQUIRED_CPU_FLAGS | {"avx", "avx512cd", "bmi1", "bmi2", "f16c", "movbe", "abm", "xsave"}
+LEVELS = (  # the best comes first
+    Level("v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Level("v4", ("-march=x86-64-v4",), _V4),
+)
+PORTABLE = SOURCES / "portable"
 
 
 @functools.cache
@@ -58,12 +80,14 @@ def _load_or_build(source: str, flags: frozenset[str]) -> ctypes.CDLL | None:
     cached = cache_dir() / f"{_key(source, flags)}.so"
     if cached.exists():
         return ctypes.CDLL(str(cached))
+    if (portable := _portable(source, flags)) is not None:
+        return ctypes.CDLL(str(portable))
     compiler = _compiler()
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory(prefix="serverlesslora-") as scratch:
         built = Path(scratch) / f"{source}.so"
-        _compile(SOURCES / f"{source}.c", built, compiler)
+        _compile(SOURCES / f"{source}.c", built, compiler, FLAGS)
         try:
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             _install(built, cached)
@@ -72,11 +96,38 @@ def _load_or_build(source: str, flags: frozenset[str]) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(cached))
 
 
-def _compile(source: Path, output: Path, compiler: str) -> None:
+def build_portable(folder: Path = PORTABLE) -> list[Path]:
+    """Build every source for every level, whatever this processor is; there are levels for x86-64 only."""
+    if platform.machine() != "x86_64":
+        return []
+    compiler = _compiler()
+    if compiler is None:
+        raise FileNotFoundError("building needs a C compiler: cc, gcc, clang, or the one that CC names")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for path in sorted(SOURCES.glob("*.c")):
+        for level in LEVELS:
+            made.append(folder / _portable_name(path.stem, level))
+            _compile(path, made[-1], compiler, (*level.march, *COMMON_FLAGS))
+            made[-1].with_suffix(".o").unlink()
+    return made
+
+
+def _portable(source: str, flags: frozenset[str]) -> Path | None:
+    """The best library built ahead from the sources as they are now that a processor with these flags can run."""
+    paths = (PORTABLE / _portable_name(source, level) for level in LEVELS if flags >= level.needed)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _portable_name(source: str, level: Level) -> str:
+    return f"{source}-{level.name}-{_digest(source, *level.march, *COMMON_FLAGS)}.so"
+
+
+def _compile(source: Path, output: Path, compiler: str, flags: tuple[str, ...]) -> None:
     """Compile with OpenMP but link without it: the symbols must come from the libgomp that torch brought."""
     compiled = output.with_suffix(".o")
     steps = (
-        [compiler, *FLAGS, "-c", str(source), "-o", str(compiled)],
+        [compiler, *flags, "-c", str(source), "-o", str(compiled)],
         [compiler, "-shared", str(compiled), "-o", str(output), "-lm"],
     )
     for step in steps:
@@ -96,12 +147,16 @@ def _install(built: Path, cached: Path) -> None:
 
 
 def _key(source: str, flags: frozenset[str]) -> str:
+    return f"{source}-{_digest(source, *FLAGS, torch.__version__, *sorted(flags))}"
+
+
+def _digest(source: str, *circumstances: str) -> str:
     digest = hashlib.sha256()
-    for part in (source, *FLAGS, torch.__version__, *sorted(flags)):
+    for part in (source, *circumstances):
         digest.update(part.encode() + b"\0")
     for path in (SOURCES / f"{source}.c", *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes() + b"\0")
-    return f"{source}-{digest.hexdigest()[:24]}"
+    return digest.hexdigest()[:24]
 
 
 def _compiler() -> str | None:
@@ -144,5 +199,11 @@ def _openmp_candidates() -> Iterator[Path]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if sys.argv[1:] == ["--portable"]:
+        try:
+            print(*build_portable(), sep="\n")
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.stderr)
+        sys.exit(0)
     for name, usable in build_all().items():
         print(f"{name}: {'ready' if usable else 'not available on this machine, torch is used'}")

@@ -374,14 +374,17 @@ def _check_host_memory(model: str, needed: int) -> None:
         raise BackboneInvalid(f"{model} needs {needed >> 20} MiB of memory, {free >> 20} MiB are available")
 
 
-def available_bytes() -> int:
+def available_bytes(root: Path = Path("/")) -> int:
     """Memory that can still be had: the machine's, or what the control group leaves of it."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) << 10
     with contextlib.suppress(OSError, ValueError):  # no limit, or no control groups
-        group = Path("/sys/fs/cgroup")
+        group = root / "sys/fs/cgroup"
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, such as a checkpoint that was just fetched, but give way.
+        used = int((group / "memory.current").read_text()) - int(counts.get("inactive_file", 0))
+        free = min(free, limit - used)
     return free
 
 
