@@ -15,7 +15,7 @@ import pytest
 
 from serverlesslora.gateway.app import create_app
 from serverlesslora.gateway.backend import Cold, Event, Generation, GenerationRequest
-from serverlesslora_ipc.messages import ChatPrompt, Delta, Finished, FinishReason, Started, TokenLogprob
+from serverlesslora_ipc.messages import ChatPrompt, Delta, Finished, FinishReason, Grammar, Started, TokenLogprob
 from tests.backend_fake import FakeBackend
 from tests.live import live
 from tests.server import running
@@ -117,6 +117,10 @@ class Theatre(NamedTuple):
         prompt = self.stage.requests[-1].prompt
         assert isinstance(prompt, ChatPrompt)
         return prompt
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self.stage.requests[-1].sampling.grammar
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +310,9 @@ DEEP: dict[str, Any] = {
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
         ({"tools": TOOLS + TOOLS}, "tools[2]"),
-        ({"tools": STRICT}, "tools"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": TOOLS, "guided_choice": ["a"]}, "guided_choice"),
+        ({"functions": FUNCTIONS + FUNCTIONS}, f"functions[{len(FUNCTIONS)}]"),
+        ({"functions": [{"name": "f", "parameters": {"type": "array"}}]}, "functions[0].parameters"),
         ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "x"}, "guided_regex"),
         ({"tools": [DEEP]}, "tools[0].function.parameters"),
         ({"tools": TOOLS, "functions": FUNCTIONS}, "functions"),
@@ -322,6 +327,32 @@ DEEP: dict[str, Any] = {
 def test_what_cannot_be_served_is_named(theatre: Theatre, fields: dict[str, Any], param: str) -> None:
     answer = theatre.post(script(""), **fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_what_is_strict_holds_a_free_model_to_its_schema(theatre: Theatre) -> None:
+    loose = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"x": {"type": "null"}}}}}
+    assert theatre.post(script(""), tools=[loose, *STRICT]).status_code == 200
+    grammar = theatre.grammar
+    assert grammar is not None and (grammar.kind, grammar.param) == ("tools", "tools[1].function.strict")
+    asked = json.loads(grammar.text)
+    assert asked["functions"] == {"g": {"$ref": "#/$defs/0"}, "f": {"$ref": "#/$defs/1"}}
+    assert asked["$defs"] == {"0": {"type": "object"}, "1": WEATHER}
+    functions = [STRICT[0]["function"]]
+    assert theatre.post(script(""), functions=functions).status_code == 200
+    assert theatre.grammar is not None and theatre.grammar.param == "functions[0].strict"
+    # Also where there is more to match: an answer without a call.
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    assert theatre.post(script(""), tools=STRICT, response_format=form).status_code == 200
+    assert theatre.grammar is not None
+    assert json.loads(theatre.grammar.text)["answer"] == {"type": "integer"}
+    assert theatre.grammar.param == "tools[0].function.strict"
+    assert theatre.post(script(""), tools=[loose], response_format=form).status_code == 200
+    assert theatre.grammar is not None and theatre.grammar.param == "response_format"
+    # A call that must come leaves no answer to be held to anything.
+    assert theatre.post(script(""), tools=STRICT, response_format=form, tool_choice="required").status_code == 200
+    assert theatre.grammar is not None and theatre.grammar.kind == "json_schema"
+    assert theatre.post(script(""), tools=STRICT, tool_choice="none").status_code == 200
+    assert theatre.grammar is None
 
 
 def test_numbers_that_no_message_can_carry(theatre: Theatre) -> None:

@@ -114,12 +114,21 @@ def test_what_is_asked_of_the_worker(url: str, backend: FakeBackend) -> None:
         ({"dimensions": 0}, "dimensions"),
         ({"pooling": "first"}, "pooling"),
         ({"model": ""}, "model"),
+        ({"model": "upper", "adapter_id": "reverse"}, "adapter_id"),
+        ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ({"normalize": False}, "normalize"),
     ],
 )
 def test_errors_name_the_field(url: str, fields: dict[str, Any], param: str) -> None:
     response = httpx.post(f"{url}/v1/embeddings", json={"model": "upper", "input": "a"} | fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+def test_an_adapter_by_its_other_name(url: str, backend: FakeBackend) -> None:
+    body = {"model": "demo", "adapter_id": "upper", "input": "a"}
+    assert httpx.post(f"{url}/v1/embeddings", json=body).json()["model"] == "upper"
+    assert backend.requests[-1].model == "upper"
 
 
 def test_one_failure_fails_all(url: str) -> None:

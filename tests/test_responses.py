@@ -263,6 +263,11 @@ def test_other_parameters_in_a_chats_words() -> None:
         ({"temperature": 3}, "temperature"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"adapter_source": "hub"}, "adapter_source"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters"),
     ],
 )
 def test_refusals_name_the_parameter(url: str, fields: dict[str, Any], param: str) -> None:

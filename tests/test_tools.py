@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -26,7 +27,7 @@ from serverlesslora.gateway.tools.offer import (
     legacy_offer,
     offer_of,
 )
-from serverlesslora.gateway.tools.reader import CallArguments, CallBegun, Content, Piece, Reasoning
+from serverlesslora.gateway.tools.reader import CallArguments, CallBegun, Content, Piece, Reader, Reasoning
 from serverlesslora.gateway.tools.speech import Dialect, Said, Speech, SpokenCall, joined
 
 SCHEMAS: dict[str, Any] = {
@@ -234,6 +235,23 @@ def test_a_text_of_nothing_but_beginnings_costs_little(tool_format: str) -> None
     assert joined(hear(Speech(OFFER, Dialect(tool_format)), [marks] * 1500)).content == marks * 1500
 
 
+def test_a_name_that_never_ends_is_looked_at_once() -> None:
+    class Counting:
+        looked_at = 0
+
+        def match(self, text: str, place: int) -> re.Match[str] | None:
+            self.looked_at += len(text) - place
+            return re.compile(r"\w+").match(text, place)
+
+    pattern: Any = Counting()
+    reader = Reader()
+    steps = reader._run(pattern)
+    for _ in range(1000):
+        reader.add("ab")
+        next(steps)
+    assert pattern.looked_at == 2000
+
+
 # --- what a request offers ---------------------------------------------------------------------------------------
 
 
@@ -324,7 +342,6 @@ def test_the_prompt_has_what_the_client_wrote() -> None:
         ([tool("f")], AllowedChoice(AllowedTools("auto", [])), "tool_choice.allowed_tools"),
         ([tool("f"), tool("f")], None, "tools[1]"),
         ([tool("f", {"type": "array"})], None, "tools[0].function.parameters"),
-        ([tool("f", strict=True)], None, "tools"),
     ],
 )
 def test_offers_that_are_refused(tools: Any, choice: Any, param: str) -> None:

@@ -23,8 +23,8 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_l
 class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an output must match. It is compiled in the worker, against the vocabulary its function has."""
 
-    kind: Literal["json_schema", "regex", "choice", "lark", "gbnf"]
-    text: str  # the schema or the choices as JSON, or the source of the expression or grammar
+    kind: Literal["json_schema", "regex", "choice", "lark", "gbnf", "tools"]
+    text: str  # the schema, the choices or the tools (see `tool_grammar`) as JSON, or the source of the others
     param: str | None = None  # the part of the request that carried it, for a refusal
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serverlesslora.engine.grammar_sources import refusal, source_of
+from serverlesslora.engine.tool_grammar import in_lark
 from serverlesslora.errors import InvalidRequest
 from serverlesslora_ipc.messages import Grammar
 
@@ -53,6 +54,8 @@ class Grammars:
 
     def compile(self, grammar: Grammar, text: TextCodec) -> CompiledGrammar:
         """Raises InvalidRequest for what cannot be compiled, is too large, or has no match at all."""
+        if grammar.kind == "tools":
+            grammar = in_lark(grammar, text.dialect.tool_format, text.vocabulary)
         words = self._words_of(text)
         key = (id(words.tokenizer), grammar.kind, grammar.text)
         with self._lock:

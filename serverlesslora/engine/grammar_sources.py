@@ -36,11 +36,11 @@ def source_of(grammar: Grammar) -> str:
 
 
 def refusal(grammar: Grammar, reason: str) -> InvalidRequest:
+    if grammar.kind == "tools":  # a grammar that the client has never seen is not quoted to it
+        reason = reason.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
     words = " ".join(reason.replace("<non-verbose/>", "").split())
     clipped = words if len(words) <= REASON_LIMIT else f"{words[:REASON_LIMIT]}…"
-    what = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choices"}.get(
-        grammar.kind, "grammar"
-    )
+    what = _NAMES.get(grammar.kind, "grammar")
     return InvalidRequest(
         f"The {what} cannot be used to constrain the output: {clipped}", param=grammar.param, code="invalid_grammar"
     )
@@ -105,6 +105,13 @@ _SOURCES: dict[str, Callable[[str], str]] = {
     "choice": _choice,
     "lark": _lark,
     "gbnf": _gbnf,
+    "tools": _lark,  # see `tool_grammar`
+}
+_NAMES = {
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "choice": "choices",
+    "tools": "schemas of the tools",
 }
 
 

@@ -66,7 +66,8 @@ class GenerationResponse(Response):
         self._stream = stream
         self._settings = settings
         self._on_end = on_end
-        self._record = metrics.record(backend.model(requests[0].model).name)  # `f@v3` counts for `f`
+        card = backend.model(requests[0].model)
+        self._record = metrics.record(card.name, card.tenant)  # `f@v3` counts for `f`
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500

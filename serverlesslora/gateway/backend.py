@@ -78,10 +78,18 @@ def estimated_tokens(prompt: Prompt) -> int:
     if isinstance(prompt, TokensPrompt):
         return len(prompt.token_ids)
     if isinstance(prompt, ChatPrompt):
-        size = sum(len(str(message.get("content") or "")) for message in prompt.messages)
+        size = sum(_size(message) for message in prompt.messages)
+        size += len(msgspec.json.encode(prompt.tools)) if prompt.tools else 0
     else:
         size = len(prompt.text)
     return size // CHARACTERS_PER_TOKEN + 1
+
+
+def _size(message: dict[str, Any]) -> int:
+    """Characters of what a template writes down."""
+    size = len(str(message.get("content") or "")) + len(str(message.get("reasoning_content") or ""))
+    calls = message.get("tool_calls")
+    return size + len(msgspec.json.encode(calls)) if calls else size
 
 
 Event = PromptEcho | Embedding | Delta | Finished

@@ -143,14 +143,18 @@ def _offer(request: ChatBody) -> Offer | None:
 def _constrained(sampling: SamplingParams, offer: Offer | None) -> SamplingParams:
     if offer is None:
         return sampling
-    if sampling.grammar is not None:
-        raise InvalidRequest(
-            "An output that must match a schema or grammar of its own cannot be a call. "
-            "Leave it out, or set 'tool_choice' to \"none\".",
-            param=(sampling.grammar.param or "response_format").split(".")[0],
-            code="unsupported_parameter",
-        )
-    return msgspec.structs.replace(sampling, grammar=offer.grammar)
+    grammar, own = offer.grammar, sampling.grammar
+    if own is not None:
+        param = (own.param or "response_format").split(".")[0]
+        if own.kind != "json_schema":
+            raise InvalidRequest(
+                "Only an answer in JSON can have calls beside it. Leave this out, or set 'tool_choice' to \"none\".",
+                param=param,
+                code="unsupported_parameter",
+            )
+        if not offer.is_certain:  # a call that must come leaves no answer to be held to the schema
+            grammar = offer.grammar_with(msgspec.json.decode(own.text), (grammar and grammar.param) or param)
+    return msgspec.structs.replace(sampling, grammar=grammar)
 
 
 def _template_kwargs(request: ChatBody) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway.adapter_id import named_by_adapter
 from serverlesslora.gateway.answering import Opening
 from serverlesslora.gateway.backend import Event, GenerationRequest
 from serverlesslora.gateway.front import Front
 from serverlesslora.gateway.openai import MAX_TOKEN_ID, PositiveCount, Usage
-from serverlesslora.gateway.parsing import converted
+from serverlesslora.gateway.parsing import converted, refuse_unserved
 from serverlesslora.gateway.reshaping import Renaming, Reshaped
 from serverlesslora_ipc.messages import Embedding, SamplingParams, TextPrompt, TokensPrompt
 
@@ -35,6 +36,16 @@ class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: PositiveCount | None = None
     pooling: Literal["last", "mean"] | None = None
+
+
+# vLLM's, with the values that ask for what is done here anyway.
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "messages": ([],),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (True,),
+    "normalize": (True,),
+    "priority": (0,),
+}
 
 
 class EmbeddingItem(msgspec.Struct, frozen=True):
@@ -63,10 +74,10 @@ class Embeddings:
         return [Route("/v1/embeddings", self.embed, methods=["POST"])]
 
     async def embed(self, request: Request) -> Response:
-        body, generations = parse_embedding(
-            await self._front.asked(request), request.state.request_id, self._front.settings.max_prompts
-        )
-        self._front.seen_by(request).model(body.model)
+        models = self._front.seen_by(request)
+        asked = named_by_adapter(await self._front.asked(request), models)
+        body, generations = parse_embedding(asked, request.state.request_id, self._front.settings.max_prompts)
+        models.model(body.model)
         answer = self._front.answer(request, generations, partial(EmbeddingAnswer, body, len(generations)))
         return Reshaped(answer, Renaming(prompt="input"))
 
@@ -74,6 +85,7 @@ class Embeddings:
 def parse_embedding(
     body: Mapping[str, Any], request_id: str, max_inputs: int
 ) -> tuple[EmbeddingBody, list[GenerationRequest]]:
+    refuse_unserved(body, _UNSERVED)
     request = converted(body, EmbeddingBody)
     inputs = _inputs(request.input, max_inputs)
     generations = [

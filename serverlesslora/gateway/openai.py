@@ -6,7 +6,6 @@ that are not served are refused by name, because ignoring them would change what
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway.parsing import converted, refuse_unserved
 from serverlesslora.gateway.structured import FIELDS, grammar_of
 from serverlesslora_ipc.messages import Finished, SamplingParams
 
@@ -109,42 +109,28 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "verbosity": ("medium",),
     "service_tier": ("auto", "default"),
+    "priority": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "kv_transfer_params": (),
+    "mm_processor_kwargs": ({},),
+    "cache_salt": (),
     "moderation": (),
 }
 
 B = TypeVar("B", bound=GenerationBody)
 
-_PLACE = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
-_MISSING = re.compile(r"missing required field `(\w+)`")
-
 
 def parse_body(body: Mapping[str, Any], kind: type[B], *, max_n: int) -> B:
     """A request of the given kind, or InvalidRequest naming the field."""
-    for name, harmless in _UNSERVED.items():
-        value = body.get(name)
-        if value is not None and value not in harmless and name not in kind.__struct_fields__:
-            raise InvalidRequest(f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter")
-    try:
-        request = msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
-    except OverflowError:
-        raise InvalidRequest("A number in the body is out of range.") from None
+    served = kind.__struct_fields__
+    refuse_unserved(body, {name: harmless for name, harmless in _UNSERVED.items() if name not in served})
+    request = converted(body, kind)
     if request.num_choices > max_n:
         raise InvalidRequest(f"'n' is {request.n}; this server allows at most {max_n}.", param="n")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
     return request
-
-
-def _invalid(text: str) -> InvalidRequest:
-    place = _PLACE.search(text)
-    param = place[1].removesuffix("[...]") if place else ""
-    reason = text[: place.start()] if place else text
-    if missing := _MISSING.search(reason):
-        param = f"{param}.{missing[1]}" if param else missing[1]
-        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    return InvalidRequest(f"Invalid value for '{param}': {reason.lower()}.", param=param or None, code="invalid_value")
 
 
 def _stop_strings(request: GenerationBody) -> tuple[str, ...]:

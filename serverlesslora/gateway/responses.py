@@ -18,8 +18,8 @@ from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.front import Front
 from serverlesslora.gateway.http_errors import answer_for
 from serverlesslora.gateway.openai import Usage
-from serverlesslora.gateway.reshaping import Refusal, Renaming, Reshaped, renamed
-from serverlesslora.gateway.responses_body import NAMES, FunctionTool, ResponsesBody, parse_responses
+from serverlesslora.gateway.reshaping import Refusal, Renaming, Reshaped
+from serverlesslora.gateway.responses_body import NAMES, FunctionTool, ResponsesBody, name_here, parse_responses
 from serverlesslora.gateway.responses_output import Event as OutputEvent
 from serverlesslora.gateway.responses_output import Output, OutputItem, Status
 
@@ -92,8 +92,7 @@ class ResponsesAnswer:
         self._number = 0
 
     def add(self, prompt: int, event: Event) -> bytes:
-        out = self._begun() + self._told(self._output.read(self._chat.add(prompt, event)))
-        return out if self._request.stream else b""
+        return self._begun() + self._told(self._output.read(self._chat.add(prompt, event)))
 
     def last(self, usage: Usage) -> bytes:
         out = self._begun() + self._told(self._output.read(self._chat.last(usage)))
@@ -107,7 +106,7 @@ class ResponsesAnswer:
         return out + self._event("response.failed", response=self._response("failed", error=ResponseError(reason)))
 
     def _begun(self) -> bytes:
-        if self._number:
+        if self._number or not self._request.stream:
             return b""
         response = self._response("in_progress")
         return self._event("response.created", response=response) + self._event(
@@ -118,6 +117,8 @@ class ResponsesAnswer:
         return b"".join([self._event(kind, **fields) for kind, fields in events])
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        if not self._request.stream:
+            return b""
         body = _encode({"type": kind, "sequence_number": self._number} | fields)
         self._number += 1
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), body)
@@ -171,13 +172,16 @@ class ResponsesShape(Renaming):
         self._answer = self._make_answer(opening)
         return self._answer
 
+    def refused(self, status: int, refusal: Refusal) -> tuple[int, bytes]:
+        return super().refused(status, msgspec.structs.replace(refusal, param=name_here(refusal.param)))
+
     def failed(self, refusal: Refusal) -> bytes:
         if self._answer is not None:
             return self._answer.failed(refusal.message)
         error = {"type": "error", "sequence_number": 0} | {
             "code": refusal.code,
             "message": refusal.message,
-            "param": renamed(refusal.param, NAMES),
+            "param": name_here(refusal.param),
         }
         return b"event: error\ndata: %b\n\n" % _encode(error)
 
@@ -198,7 +202,7 @@ class Responses:
             chat, generation, make_chat = parse_chat(chat_body | _AS_CHUNKS, request_id, self._front.settings)
             models.model(chat.model)
         except ServerlessLoraError as error:
-            error.param = renamed(error.param, NAMES)
+            error.param = name_here(error.param)
             return answer_for(error).response()
         shape = ResponsesShape(lambda opening: ResponsesAnswer(request_id, parsed, make_chat(opening), opening))
         inner = self._front.answer(request, [generation], shape.answer, stream=bool(parsed.stream))

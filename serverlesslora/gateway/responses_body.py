@@ -12,8 +12,10 @@ import msgspec
 from msgspec import Meta
 
 from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway import structured
 from serverlesslora.gateway.openai import PositiveCount, Probability, Temperature
 from serverlesslora.gateway.parsing import converted, refuse_unserved
+from serverlesslora.gateway.reshaping import renamed
 
 Json = dict[str, Any]
 
@@ -30,6 +32,13 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "context_management": ([],),
     "moderation": (),
     "stream_options": ({}, {"include_obfuscation": False}),
+    # What chat requests call otherwise, or have and these do not.
+    **dict.fromkeys(("messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "functions"), ()),
+    **dict.fromkeys(structured.FIELDS, ()),
+    "n": (1,),
+    "logprobs": (False,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
 }
 _UNSERVED_REASONING: dict[str, tuple[Any, ...]] = {"summary": (), "generate_summary": ()}
 _UNSERVED_TEXT: dict[str, tuple[Any, ...]] = {"verbosity": ("medium",)}
@@ -50,6 +59,11 @@ NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
+
+
+def name_here(param: str | None) -> str | None:
+    """A parameter of the chat request by its name here, where a tool is not a function in a tool."""
+    return renamed(None if param is None else param.replace("].function.", "]."), NAMES)
 
 
 class FunctionTool(msgspec.Struct, frozen=True):

@@ -16,13 +16,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serverlesslora.errors import InvalidRequest
+from serverlesslora.gateway.adapter_id import named_by_adapter
 from serverlesslora.gateway.answering import Opening
 from serverlesslora.gateway.backend import Event, GenerationRequest
 from serverlesslora.gateway.chat import parse_chat
 from serverlesslora.gateway.front import Front
 from serverlesslora.gateway.limits import HttpSettings
 from serverlesslora.gateway.openai import Count, Usage
-from serverlesslora.gateway.parsing import converted
+from serverlesslora.gateway.parsing import converted, refuse_unserved
 from serverlesslora.gateway.reshaping import Renaming, Reshaped
 from serverlesslora_ipc.messages import Prompt, PromptEcho, SamplingParams, TextPrompt, TokensPrompt
 
@@ -43,6 +44,10 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
+
+
+# vLLM's, which would change the tokens.
+_UNSERVED: dict[str, tuple[Any, ...]] = {"chat_template": (), "mm_processor_kwargs": ({},), "documents": ([],)}
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,15 +77,19 @@ class Tokenization:
         ]
 
     async def tokenize(self, request: Request) -> Response:
-        body = converted(await self._front.asked(request), TokenizeBody)
-        card = self._front.seen_by(request).model(body.model)
+        models = self._front.seen_by(request)
+        asked = named_by_adapter(await self._front.asked(request), models)
+        refuse_unserved(asked, _UNSERVED)
+        body = converted(asked, TokenizeBody)
+        card = models.model(body.model)
         prompt = _prompt(body, request.state.request_id, self._front.settings)
         generation = _echo(request, body.model, prompt, token_strs=bool(body.return_token_strs))
         return self._front.answer(request, [generation], partial(TokensAnswer, card.max_model_len, body))
 
     async def detokenize(self, request: Request) -> Response:
-        body = converted(await self._front.asked(request), DetokenizeBody)
-        self._front.seen_by(request).model(body.model)
+        models = self._front.seen_by(request)
+        body = converted(named_by_adapter(await self._front.asked(request), models), DetokenizeBody)
+        models.model(body.model)
         generation = _echo(request, body.model, TokensPrompt(tuple(body.tokens)))
         return Reshaped(self._front.answer(request, [generation], TextAnswer), Renaming(prompt="tokens"))
 

@@ -1,6 +1,7 @@
 """What a request offers the model to call, and how free it is to: `tools` and `tool_choice`, and their older names.
 
-`required` and a named function are held to by a grammar, so that a call always comes and always fits its schema.
+`required` and a named function are held to by a grammar, so that a call always comes and always fits its schema. A
+model that is free to call or not is held to the schemas of functions that are `strict`, once it has begun a call.
 """
 
 from __future__ import annotations
@@ -71,16 +72,33 @@ class Offer(NamedTuple):
     forced: str | None = None  # the one function that must be called
     parallel: bool = True  # more than one call
     is_legacy: bool = False  # asked for with `functions`: the answer is a `function_call`
+    strict: Mapping[str, str] = {}  # by function that says so: the parameter in which it does
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a call must come."""
+        return self.is_required or self.forced is not None
 
     @property
     def grammar(self) -> Grammar | None:
-        """What the output must match; None where the model is free to call or not."""
+        """What the output must match; None where the model is free to call or not, and how."""
         param = "functions" if self.is_legacy else "tools"
         if self.forced is not None:
             return schema_grammar(self.schemas[self.forced], param)
         if self.is_required:
             return schema_grammar(calls_schema(self.schemas, parallel=self.parallel), param)
-        return None
+        strict = next((self.strict[name] for name in self.schemas if name in self.strict), None)
+        return None if strict is None else self.grammar_with(None, strict)
+
+    def grammar_with(self, answer: Any, param: str) -> Grammar:
+        """Calls that fit, where the function is strict, and an answer without a call that matches this schema."""
+        definitions = {
+            str(place): _moved(schema, f"#/$defs/{place}") if name in self.strict else {"type": "object"}
+            for place, (name, schema) in enumerate(self.schemas.items())
+        }
+        told = {"functions": {name: {"$ref": f"#/$defs/{place}"} for place, name in enumerate(self.schemas)}}
+        asked = told | {"$defs": definitions} | ({} if answer is None else {"answer": answer})
+        return Grammar("tools", schema_grammar(asked, param).text, param)
 
     def finish_reason(self, reason: str, *, has_called: bool) -> str:
         """As OpenAI: a call that was forced by name ends with "stop"."""
@@ -94,8 +112,13 @@ def offer_of(tools: list[Tool] | None, choice: ToolChoice | None, *, parallel: b
         if choice not in (None, "none") and not (tools == [] and choice == "auto"):
             raise InvalidRequest("'tool_choice' is only allowed when 'tools' are given.", param="tool_choice")
         return None
-    schemas = _schemas([tool.function for tool in tools])
-    offer = Offer(tuple(_lean(tool) for tool in tools), schemas, parallel=parallel)
+    return _offered([tool.function for tool in tools], "tools", choice, parallel=parallel)
+
+
+def _offered(functions: list[FunctionObject], param: str, choice: ToolChoice | None, *, parallel: bool) -> Offer | None:
+    places = [f"{param}[{place}]" + (".function" if param == "tools" else "") for place in range(len(functions))]
+    strict = {each.name: f"{place}.strict" for each, place in zip(functions, places, strict=True) if each.strict}
+    offer = Offer(tuple(map(_lean, functions)), _schemas(functions, places), parallel=parallel, strict=strict)
     match choice:
         case "none":
             return None
@@ -106,9 +129,7 @@ def offer_of(tools: list[Tool] | None, choice: ToolChoice | None, *, parallel: b
             return offer._replace(forced=name, parallel=False)
         case AllowedChoice(allowed_tools=allowed):
             offer = _narrowed(offer, allowed)
-            if allowed.mode == "required":
-                return offer._replace(is_required=True)
-    _check_not_strict([tool.function for tool in tools if tool.function.name in offer.schemas])
+            return offer._replace(is_required=allowed.mode == "required")
     return offer
 
 
@@ -120,11 +141,10 @@ def legacy_offer(functions: list[FunctionObject] | None, choice: FunctionCallCho
         return None
     if choice == "none":
         return None
-    tools = [Tool("function", function) for function in functions]
     named = NamedChoice(choice) if isinstance(choice, FunctionChoice) else None
     if named is not None and named.function.name not in {function.name for function in functions}:
         raise InvalidRequest(f"'{named.function.name}' is not among the 'functions'.", param="function_call")
-    offer = offer_of(tools, named, parallel=False)
+    offer = _offered(functions, "functions", named, parallel=False)
     return None if offer is None else offer._replace(is_legacy=True)
 
 
@@ -165,22 +185,24 @@ def _moved(schema: Any, root: str) -> Any:
     }
 
 
-def _lean(tool: Tool) -> dict[str, Any]:
+def _lean(function: FunctionObject) -> dict[str, Any]:
     """As the client wrote it: what was not given is not in the prompt. `strict` is our affair, not the model's."""
-    function = msgspec.to_builtins(tool.function)
+    told = msgspec.to_builtins(function)
     return {
         "type": "function",
-        "function": {key: value for key, value in function.items() if value is not None and key != "strict"},
+        "function": {key: value for key, value in told.items() if value is not None and key != "strict"},
     }
 
 
-def _schemas(functions: list[FunctionObject]) -> dict[str, dict[str, Any]]:
+def _schemas(functions: list[FunctionObject], places: list[str]) -> dict[str, dict[str, Any]]:
     schemas: dict[str, dict[str, Any]] = {}
-    for place, function in enumerate(functions):
+    for function, place in zip(functions, places, strict=True):
         if function.name in schemas:
-            raise InvalidRequest(f"The function '{function.name}' is given twice.", param=f"tools[{place}]")
+            raise InvalidRequest(
+                f"The function '{function.name}' is given twice.", param=place.removesuffix(".function")
+            )
         schema = _NO_PARAMETERS if function.parameters is None else {"type": "object"} | function.parameters
-        where = f"tools[{place}].function.parameters"
+        where = f"{place}.parameters"
         if schema["type"] != "object":
             raise InvalidRequest(f"The parameters of '{function.name}' must be a schema of type 'object'.", param=where)
         schema_grammar(schema, where)  # refuses what is too large or too deep, for templates too
@@ -201,14 +223,3 @@ def _narrowed(offer: Offer, allowed: AllowedTools) -> Offer:
 def _check_known(name: str, offer: Offer, param: str) -> None:
     if name not in offer.schemas:
         raise InvalidRequest(f"'{name}' is not among the 'tools'.", param=param)
-
-
-def _check_not_strict(functions: list[FunctionObject]) -> None:
-    """A free model's calls are not constrained, so no promise is made about them."""
-    if strict := next((function.name for function in functions if function.strict), None):
-        raise InvalidRequest(
-            f"'strict' of '{strict}' needs a call that is certain: 'tool_choice' \"required\" or a named function. "
-            "With \"auto\" the arguments are the model's own; leave 'strict' out to have them so.",
-            param="tools",
-            code="unsupported_parameter",
-        )

@@ -278,9 +278,11 @@ class Reader:
         return False
 
     def _run(self, pattern: re.Pattern[str]) -> Step[str]:
+        """As long as it goes on; what was looked at is not looked at again, however long it gets."""
+        end = self._at
         while True:
-            found = pattern.match(self._text, self._at)
-            end = self._at if found is None else found.end()
+            found = pattern.match(self._text, end)
+            end = end if found is None else found.end()
             if end < len(self._text) or self._ended:
                 run, self._at = self._text[self._at : end], end
                 return run
