@@ -464,7 +464,7 @@ def test_a43_wrong_method(client: httpx.Client) -> None:
 
 def test_a44_unknown_path(client: httpx.Client) -> None:
     error_of(client.post("/v1/nope", json={}), 404)
-    error_of(client.get("/"), 404)
+    error_of(client.get("/nope"), 404)
 
 
 def test_a45_wrong_content_type(client: httpx.Client) -> None:
