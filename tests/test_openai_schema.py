@@ -199,6 +199,7 @@ def test_what_asks_for_nothing_is_accepted(field: dict[str, Any]) -> None:
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {}}, "stream_options"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),  # it would make every score infinite
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.1}, "min_p"),
         ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),

@@ -54,7 +54,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(gt=0, le=2)] | None = None
     top_k: Annotated[int, Meta(gt=0, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     max_new_tokens: PositiveCount | None = None
