@@ -98,6 +98,7 @@ def measure(functions: int, rounds: int) -> dict[str, Any]:
         weight = sum(len(httpx.get(url + path).content) for path in PAGE_PATHS)
         paints = first_paints(url, rounds) if CHROMIUM.exists() else []
     return {
+        "bench": "page",
         "first_paint_ms": round(statistics.median(paints), 1) if paints else None,
         "first_paint_rounds": len(paints),
         "page_bytes": weight,
