@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +155,20 @@ def test_a_running_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert main(["list", "--server", server.admin]) == 0
 
         tenant, operator = (shell.json("create", *of)["key"] for of in (("--tenant", "acme"), ("--admin",)))
+        told = time.monotonic()
 
         def chat(model: str, key: str) -> httpx.Response:
             body = {"model": model, "messages": [{"role": "user", "content": "ab"}], "temperature": 0}
             headers = {"authorization": f"Bearer {key}"}
             return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
-        wait_until(lambda: server.chat("upper", "a").status_code == 401)
+        wait_until(lambda: server.chat("upper", "a").status_code == 401, deadline_s=2.0)
+        assert time.monotonic() - told < 2.5
         wait_until(lambda: chat("mine", tenant).status_code == 200, deadline_s=60.0)
         assert chat("mine", tenant).json()["choices"][0]["message"]["content"] == TASKS["reverse"]("ab")
         assert chat("upper", tenant).status_code == chat("demo", tenant).status_code == 404
         # The server may have read the file between the two keys.
-        wait_until(lambda: chat("upper", operator).status_code == 200)
+        wait_until(lambda: chat("upper", operator).status_code == 200, deadline_s=2.0)
 
         for command in ("list", "plan", "usage", "top"):
             arguments = [command, "--server", server.admin, "--json"]
@@ -182,7 +185,7 @@ def test_a_running_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
         wait_until(lambda: all(key["last_used_at"] for key in shell.json("list")))
         shell("revoke", str(id_of(operator)))
-        wait_until(lambda: main(["list", "--server", server.admin]) == 1)
+        wait_until(lambda: main(["list", "--server", server.admin]) == 1, deadline_s=2.0)
         assert server.state().get("error", {}).get("code") == "invalid_api_key"
 
         for secret in (tenant, operator):  # in no log, and in no file of the server's
